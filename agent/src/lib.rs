@@ -1,0 +1,3 @@
+//! Culvert: mutual TLS for every pod of a node, without a sidecar.
+pub mod model;
+pub mod proto;

@@ -1,0 +1,381 @@
+//! The state of the mesh that one node acts on: immutable once published, and cheap to copy and to change.
+//!
+//! Enters: workloads, services and policies as discovery hears of them, in batches ([`Snapshot::edit`]). Leaves: answers about
+//! an address, a service's endpoints, a workload's policies, and the table of [`Destination`]s that the kernel acts on. The maps
+//! are persistent, so that a copy shares all but what changed, and two snapshots' destination tables are compared in a time
+//! that grows with their difference.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use super::{Authorization, Mode, Scope, Service, TrustDomain, Workload};
+
+/// The state of the mesh at one moment.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    node: Arc<str>,
+    trust_domain: Option<TrustDomain>,
+    default_deny: bool,
+    cluster_ranges: Arc<[IpNet]>,
+    synced: bool,
+    workloads: imbl::HashMap<Arc<str>, Arc<Workload>>,
+    workload_by_address: imbl::HashMap<IpAddr, Arc<Workload>>,
+    services: imbl::HashMap<Arc<str>, Arc<Service>>,
+    service_by_address: imbl::HashMap<IpAddr, Arc<Service>>,
+    endpoints: imbl::HashMap<Arc<str>, Arc<Endpoints>>,
+    members: imbl::HashMap<Arc<str>, imbl::OrdSet<Arc<str>>>,
+    local: imbl::OrdMap<Arc<str>, Arc<Workload>>,
+    policies: imbl::HashMap<Arc<str>, Arc<Authorization>>,
+    global_policies: imbl::OrdSet<Arc<str>>,
+    namespace_policies: imbl::HashMap<Arc<str>, imbl::OrdSet<Arc<str>>>,
+    destinations: imbl::OrdMap<(IpAddr, u16), Destination>,
+}
+
+/// What the kernel does with a connection of an enrolled pod to an address and port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// Hands it to the agent.
+    Capture,
+    /// Lets it through untouched, although the address is captured on other ports.
+    Pass,
+    /// Refuses it at once: a service's port without a ready endpoint, or a port that the service does not have.
+    Refuse,
+}
+
+/// The workloads behind a service.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Endpoints {
+    /// Those that a new connection may go to: ready, and on this node where the service asks for that.
+    pub ready: Vec<Arc<Workload>>,
+    /// Whether any of them, ready or not, is in the mesh.
+    pub any_enrolled: bool,
+    /// How many there are, ready or not.
+    pub total: usize,
+}
+
+/// A batch of changes to a [`Snapshot`]. What depends on several objects is worked out once, at [`Edit::finish`].
+#[derive(Debug)]
+pub struct Edit {
+    snapshot: Snapshot,
+    stale_services: BTreeSet<Arc<str>>,
+}
+
+impl Snapshot {
+    /// The state of a node that has heard nothing yet.
+    #[must_use]
+    pub fn empty(node: &str) -> Self {
+        Self {
+            node: node.into(),
+            trust_domain: None,
+            default_deny: false,
+            cluster_ranges: Arc::default(),
+            synced: false,
+            workloads: imbl::HashMap::new(),
+            workload_by_address: imbl::HashMap::new(),
+            services: imbl::HashMap::new(),
+            service_by_address: imbl::HashMap::new(),
+            endpoints: imbl::HashMap::new(),
+            members: imbl::HashMap::new(),
+            local: imbl::OrdMap::new(),
+            policies: imbl::HashMap::new(),
+            global_policies: imbl::OrdSet::new(),
+            namespace_policies: imbl::HashMap::new(),
+            destinations: imbl::OrdMap::new(),
+        }
+    }
+
+    /// Starts a batch of changes on a copy of this state.
+    #[must_use]
+    pub fn edit(&self) -> Edit {
+        Edit { snapshot: self.clone(), stale_services: BTreeSet::new() }
+    }
+
+    /// Whether the controller's first full answer has arrived.
+    #[must_use]
+    pub fn synced(&self) -> bool {
+        self.synced
+    }
+
+    /// The node that this state is for.
+    #[must_use]
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// Whether a connection that no ALLOW policy covers is denied.
+    #[must_use]
+    pub fn default_deny(&self) -> bool {
+        self.default_deny
+    }
+
+    /// The ranges of the cluster's pods and services: an address in them that is in no table is asked about before it is dialled.
+    #[must_use]
+    pub fn cluster_ranges(&self) -> &Arc<[IpNet]> {
+        &self.cluster_ranges
+    }
+
+    /// The mesh's own trust domain, once the controller has named it.
+    #[must_use]
+    pub fn trust_domain(&self) -> Option<&TrustDomain> {
+        self.trust_domain.as_ref()
+    }
+
+    /// The workload of this UID.
+    #[must_use]
+    pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
+        self.workloads.get(uid)
+    }
+
+    /// The workload at this address. Pods on the host's network are found by none.
+    #[must_use]
+    pub fn workload_at(&self, address: IpAddr) -> Option<&Arc<Workload>> {
+        self.workload_by_address.get(&address)
+    }
+
+    /// The service at this virtual address.
+    #[must_use]
+    pub fn service_at(&self, address: IpAddr) -> Option<&Arc<Service>> {
+        self.service_by_address.get(&address)
+    }
+
+    /// The workloads behind the service of this key.
+    #[must_use]
+    pub fn endpoints(&self, service: &str) -> Option<&Arc<Endpoints>> {
+        self.endpoints.get(service)
+    }
+
+    /// The workloads that run on this node, in the order of their UIDs.
+    pub fn local_workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.local.values()
+    }
+
+    /// All workloads, in no order.
+    pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.values()
+    }
+
+    /// All services, in no order.
+    pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.services.values()
+    }
+
+    /// All authorization policies, in no order.
+    pub fn policies(&self) -> impl Iterator<Item = &Arc<Authorization>> {
+        self.policies.values()
+    }
+
+    /// The authorization policies that apply to `workload`. The second value names the policies that select it but have not
+    /// arrived: until they do, no decision can be made.
+    #[must_use]
+    pub fn policies_for(&self, workload: &Workload) -> (Vec<Arc<Authorization>>, Vec<Arc<str>>) {
+        let in_namespace = self.namespace_policies.get(workload.identity.namespace());
+        let keys = self.global_policies.iter().chain(in_namespace.into_iter().flatten());
+        let mut found: Vec<_> = keys.filter_map(|key| self.policies.get(key).cloned()).collect();
+        let mut missing = Vec::new();
+        for key in &workload.authorization_policies {
+            match self.policies.get(key) {
+                Some(policy) => found.push(Arc::clone(policy)),
+                None => missing.push(Arc::clone(key)),
+            }
+        }
+        (found, missing)
+    }
+
+    /// What the kernel should do with each address and port; port 0 stands for every port without an entry of its own.
+    #[must_use]
+    pub fn destinations(&self) -> &imbl::OrdMap<(IpAddr, u16), Destination> {
+        &self.destinations
+    }
+}
+
+impl Edit {
+    /// Notes that the controller's first full answer is in.
+    pub fn mark_synced(&mut self) {
+        self.snapshot.synced = true;
+    }
+
+    /// Sets the mesh-wide settings.
+    pub fn set_mesh(&mut self, trust_domain: TrustDomain, default_deny: bool, cluster_ranges: Arc<[IpNet]>) {
+        self.snapshot.trust_domain = Some(trust_domain);
+        self.snapshot.cluster_ranges = cluster_ranges;
+        self.snapshot.default_deny = default_deny;
+    }
+
+    /// Adds a workload, or replaces the one of the same UID.
+    pub fn upsert_workload(&mut self, workload: Workload) {
+        self.remove_workload(&Arc::clone(&workload.uid));
+        let workload = Arc::new(workload);
+        let uid = Arc::clone(&workload.uid);
+        let state = &mut self.snapshot;
+        if !workload.host_network {
+            for address in &workload.addresses {
+                state.workload_by_address.insert(*address, Arc::clone(&workload));
+            }
+        }
+        for service in workload.services.keys() {
+            state.members.entry(Arc::clone(service)).or_default().insert(Arc::clone(&uid));
+            self.stale_services.insert(Arc::clone(service));
+        }
+        for (key, destination) in workload_destinations(&workload) {
+            state.destinations.insert(key, destination);
+        }
+        if workload.node == state.node {
+            state.local.insert(Arc::clone(&uid), Arc::clone(&workload));
+        }
+        state.workloads.insert(uid, workload);
+    }
+
+    /// Removes the workload of this UID, if there is one.
+    pub fn remove_workload(&mut self, uid: &str) {
+        let state = &mut self.snapshot;
+        let Some(workload) = state.workloads.remove(uid) else { return };
+        state.local.remove(uid);
+        for address in &workload.addresses {
+            // Another workload may have taken the address over before this one was told to be gone.
+            if state.workload_by_address.get(address).is_some_and(|owner| owner.uid == workload.uid) {
+                state.workload_by_address.remove(address);
+                for (key, _) in workload_destinations(&workload).filter(|(key, _)| key.0 == *address) {
+                    state.destinations.remove(&key);
+                }
+            }
+        }
+        for service in workload.services.keys() {
+            if let Some(members) = state.members.get_mut(service) {
+                members.remove(uid);
+            }
+            self.stale_services.insert(Arc::clone(service));
+        }
+    }
+
+    /// Adds a service, or replaces the one of the same key.
+    pub fn upsert_service(&mut self, service: Service) {
+        let key = service.key();
+        self.remove_service(&key);
+        let service = Arc::new(service);
+        for address in &service.addresses {
+            self.snapshot.service_by_address.insert(*address, Arc::clone(&service));
+        }
+        self.snapshot.services.insert(Arc::clone(&key), service);
+        self.stale_services.insert(key);
+    }
+
+    /// Removes the service of this key (`namespace/hostname`), if there is one.
+    pub fn remove_service(&mut self, key: &str) {
+        let state = &mut self.snapshot;
+        let Some(service) = state.services.remove(key) else { return };
+        for address in &service.addresses {
+            if state.service_by_address.get(address).is_some_and(|owner| owner.key().as_ref() == key) {
+                state.service_by_address.remove(address);
+                for (key, _) in service_ports(&service, *address) {
+                    state.destinations.remove(&key);
+                }
+            }
+        }
+        state.endpoints.remove(key);
+    }
+
+    /// Adds an authorization policy, or replaces the one of the same key.
+    pub fn upsert_policy(&mut self, policy: Authorization) {
+        let key = policy.key();
+        self.remove_policy(&key);
+        let state = &mut self.snapshot;
+        match policy.scope {
+            Scope::Global => drop(state.global_policies.insert(Arc::clone(&key))),
+            Scope::Namespace => {
+                let policies = state.namespace_policies.entry(Arc::clone(&policy.namespace)).or_default();
+                policies.insert(Arc::clone(&key));
+            }
+            Scope::WorkloadSelector => {}
+        }
+        state.policies.insert(key, Arc::new(policy));
+    }
+
+    /// Removes the policy of this key (`namespace/name`), if there is one.
+    pub fn remove_policy(&mut self, key: &str) {
+        let state = &mut self.snapshot;
+        let Some(policy) = state.policies.remove(key) else { return };
+        state.global_policies.remove(key);
+        if let Some(policies) = state.namespace_policies.get_mut(&policy.namespace) {
+            policies.remove(key);
+        }
+    }
+
+    /// The keys of everything held, for a full answer that leaves out what is gone: workload UIDs, service keys, policy keys.
+    #[must_use]
+    pub fn keys(&self) -> (Vec<Arc<str>>, Vec<Arc<str>>, Vec<Arc<str>>) {
+        let state = &self.snapshot;
+        let all = |keys: &mut dyn Iterator<Item = &Arc<str>>| keys.cloned().collect();
+        (all(&mut state.workloads.keys()), all(&mut state.services.keys()), all(&mut state.policies.keys()))
+    }
+
+    /// Works out what depends on several objects, and gives the new state.
+    #[must_use]
+    pub fn finish(self) -> Snapshot {
+        let mut state = self.snapshot;
+        for key in self.stale_services {
+            let Some(service) = state.services.get(&key).cloned() else { continue };
+            let endpoints = state.gather_endpoints(&service, &key);
+            for address in &service.addresses {
+                for (place, mapping) in service_ports(&service, *address) {
+                    match endpoints.destination(mapping) {
+                        Some(destination) => drop(state.destinations.insert(place, destination)),
+                        None => drop(state.destinations.remove(&place)),
+                    }
+                }
+            }
+            state.endpoints.insert(key, Arc::new(endpoints));
+        }
+        state
+    }
+}
+
+impl Snapshot {
+    fn gather_endpoints(&self, service: &Service, key: &str) -> Endpoints {
+        let mut endpoints = Endpoints::default();
+        for uid in self.members.get(key).into_iter().flatten() {
+            let Some(workload) = self.workloads.get(uid) else { continue };
+            endpoints.total += 1;
+            endpoints.any_enrolled |= workload.enrolled();
+            if workload.healthy && (!service.node_local || workload.node == self.node) {
+                endpoints.ready.push(Arc::clone(workload));
+            }
+        }
+        endpoints
+    }
+}
+
+impl Endpoints {
+    /// What the kernel does with the service's port, or with a port that it does not have. A service with no workload of the
+    /// mesh behind it is left to the node's own service routing.
+    fn destination(&self, served: bool) -> Option<Destination> {
+        if self.total > 0 && !self.any_enrolled {
+            return None;
+        }
+        Some(if served && !self.ready.is_empty() { Destination::Capture } else { Destination::Refuse })
+    }
+}
+
+/// The places in the destination table of a service's address: each port that it serves, and 0 for those that it does not.
+fn service_ports(service: &Service, address: IpAddr) -> impl Iterator<Item = ((IpAddr, u16), bool)> {
+    let served = service.ports.iter().map(move |mapping| ((address, mapping.service_port), true));
+    served.chain([((address, 0), false)])
+}
+
+/// The places of a workload's addresses in the destination table.
+fn workload_destinations(workload: &Workload) -> impl Iterator<Item = ((IpAddr, u16), Destination)> {
+    let modes = &workload.peer_authentication;
+    let addresses: &[IpAddr] = if workload.enrolled() { &workload.addresses } else { &[] };
+    addresses.iter().flat_map(move |address| {
+        let default = (modes.mode != Mode::Disable).then_some((0, Destination::Capture));
+        let ports = modes.ports.iter().filter_map(move |(port, mode)| match (mode, modes.mode) {
+            (Mode::Disable, Mode::Disable) => None,
+            (Mode::Disable, _) => Some((*port, Destination::Pass)),
+            (_, Mode::Disable) => Some((*port, Destination::Capture)),
+            _ => None,
+        });
+        default.into_iter().chain(ports).map(move |(port, destination)| ((*address, port), destination))
+    })
+}

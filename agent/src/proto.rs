@@ -1,0 +1,32 @@
+//! The wire formats, generated from `agent/proto` by `build.rs`.
+#![allow(missing_docs, clippy::all, clippy::wildcard_enum_match_arm, unreachable_pub, reason = "generated code")]
+
+/// Envoy's discovery protocol.
+pub mod discovery {
+    tonic::include_proto!("envoy.service.discovery.v3");
+}
+/// Workloads and services.
+pub mod workload {
+    tonic::include_proto!("istio.workload");
+}
+/// Authorization policies.
+pub mod security {
+    tonic::include_proto!("istio.security");
+}
+/// The certificate service.
+pub mod ca {
+    tonic::include_proto!("istio.v1.auth");
+}
+/// Culvert's own additions.
+pub mod culvert {
+    tonic::include_proto!("culvert.v1");
+}
+
+/// The type URL of workloads and services.
+pub const ADDRESS_TYPE: &str = "type.googleapis.com/istio.workload.Address";
+/// The type URL of authorization policies.
+pub const AUTHORIZATION_TYPE: &str = "type.googleapis.com/istio.security.Authorization";
+/// The type URL of the mesh-wide settings.
+pub const MESH_TYPE: &str = "type.googleapis.com/culvert.v1.Mesh";
+/// The type URL of a workload's modes, in its extensions.
+pub const PEER_AUTHENTICATION_TYPE: &str = "type.googleapis.com/culvert.v1.PeerAuthentication";

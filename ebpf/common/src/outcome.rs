@@ -1,0 +1,84 @@
+//! All the ways in which a program can end. Each is counted, in the per-CPU array `OUTCOMES`.
+
+/// How a program ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Outcome {
+    /// `connect`: captured.
+    Captured = 0,
+    /// `connect`: a destination outside the mesh, or one that takes no tunnels.
+    PassedOutside = 1,
+    /// `connect`: loopback or the pod's own address.
+    PassedLocal = 2,
+    /// `connect`: the agent's own.
+    PassedAgent = 3,
+    /// `connect`: refused, the namespace is not classified yet.
+    RefusedPending = 4,
+    /// `connect`: refused, the agent has never seen the namespace.
+    RefusedUnseen = 5,
+    /// `connect`: refused, the service has no ready endpoint on that port.
+    RefusedNoEndpoint = 6,
+    /// `connect`: refused, the pod has no address of the destination's family, or a map is full.
+    RefusedNoRoom = 7,
+    /// `sk_lookup`: the agent's own delivery.
+    AdmittedDelivery = 8,
+    /// `sk_lookup`: plaintext that the mode and the policy let through.
+    AdmittedPlaintext = 9,
+    /// `sk_lookup`: plaintext that the agent decides.
+    SteeredPlaintext = 10,
+    /// `sk_lookup`: a peer's tunnel.
+    SteeredTunnel = 11,
+    /// `sk_lookup`: a captured connection on its way to the agent.
+    SteeredCaptured = 12,
+    /// `sk_lookup`: plaintext refused.
+    DroppedPlaintext = 13,
+    /// `sk_lookup`: the agent's listener is gone.
+    DroppedNoListener = 14,
+    /// `sk_lookup`: loopback, or the pod to itself.
+    AdmittedLocal = 15,
+}
+
+impl Outcome {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 16] = [
+        Self::Captured,
+        Self::PassedOutside,
+        Self::PassedLocal,
+        Self::PassedAgent,
+        Self::RefusedPending,
+        Self::RefusedUnseen,
+        Self::RefusedNoEndpoint,
+        Self::RefusedNoRoom,
+        Self::AdmittedDelivery,
+        Self::AdmittedPlaintext,
+        Self::SteeredPlaintext,
+        Self::SteeredTunnel,
+        Self::SteeredCaptured,
+        Self::DroppedPlaintext,
+        Self::DroppedNoListener,
+        Self::AdmittedLocal,
+    ];
+
+    /// The word for a metric's label.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Captured => "captured",
+            Self::PassedOutside => "passed_outside",
+            Self::PassedLocal => "passed_local",
+            Self::PassedAgent => "passed_agent",
+            Self::RefusedPending => "refused_pending",
+            Self::RefusedUnseen => "refused_unseen",
+            Self::RefusedNoEndpoint => "refused_no_endpoint",
+            Self::RefusedNoRoom => "refused_no_room",
+            Self::AdmittedDelivery => "admitted_delivery",
+            Self::AdmittedPlaintext => "admitted_plaintext",
+            Self::SteeredPlaintext => "steered_plaintext",
+            Self::SteeredTunnel => "steered_tunnel",
+            Self::SteeredCaptured => "steered_captured",
+            Self::DroppedPlaintext => "dropped_plaintext",
+            Self::DroppedNoListener => "dropped_no_listener",
+            Self::AdmittedLocal => "admitted_local",
+        }
+    }
+}
