@@ -166,9 +166,16 @@ mod tests {
 
     #[test]
     fn only_loopback_and_unspecified_addresses_are_local() {
-        for (text, local) in
-            [("127.0.0.1", true), ("127.9.9.9", true), ("0.0.0.0", true), ("::1", true), ("::", true), ("10.0.0.1", false), ("::2", false), ("fd00::1", false)]
-        {
+        for (text, local) in [
+            ("127.0.0.1", true),
+            ("127.9.9.9", true),
+            ("0.0.0.0", true),
+            ("::1", true),
+            ("::", true),
+            ("10.0.0.1", false),
+            ("::2", false),
+            ("fd00::1", false),
+        ] {
             assert_eq!(Address::from(text.parse::<IpAddr>().expect("an address")).is_local(), local, "{text}");
         }
     }

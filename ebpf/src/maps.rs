@@ -1,0 +1,69 @@
+//! Every map: its key, its value, who writes it and who reads it. All are pinned by the agent and outlive it.
+
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SockHash};
+use culvert_ebpf_common::{Endpoint, Event, Flow, ListenerKey, Namespace, Outcome, Settings, Socket};
+
+const NO_PREALLOC: u32 = 1;
+
+/// What the agent says of itself. Written by the agent.
+#[map]
+pub(crate) static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
+
+/// The agent's processes, by thread group. Written by `connect`, from whoever knows the agent's mark; trimmed by the agent.
+#[map]
+pub(crate) static AGENT_PROCESSES: HashMap<u32, u64> = HashMap::with_max_entries(64, 0);
+
+/// Network namespaces by cookie. Written by the agent.
+#[map]
+pub(crate) static NAMESPACES: HashMap<u64, Namespace> = HashMap::with_max_entries(65_536, NO_PREALLOC);
+
+/// The mesh's addresses, by address and port; port 0 stands for every other port. A `Dispatch`. Written by the agent.
+#[map]
+pub(crate) static DESTINATIONS: HashMap<Endpoint, u32> = HashMap::with_max_entries(1_048_576, NO_PREALLOC);
+
+/// The ranges of the cluster's pods and services. Written by the agent.
+#[map]
+pub(crate) static CLUSTER_RANGES: LpmTrie<[u8; 16], u32> = LpmTrie::with_max_entries(16_384, NO_PREALLOC);
+
+/// Sockets that connect, by cookie. Written by `connect`; read by `sock_ops` and `getpeername`.
+#[map]
+pub(crate) static SOCKETS: LruHashMap<u64, Socket> = LruHashMap::with_max_entries(131_072, 0);
+
+/// Captured connections by source: their original destination. Written by `sock_ops`; read by `sk_lookup`; read and removed by
+/// the agent when it has accepted the connection.
+#[map]
+pub(crate) static CAPTURED: LruHashMap<Endpoint, Endpoint> = LruHashMap::with_max_entries(65_536, 0);
+
+/// Connections that the agent opened to applications. Written and removed by `sock_ops`; read by `sk_lookup`.
+#[map]
+pub(crate) static ATTESTED: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(131_072, 0);
+
+/// What a pod's address and port take in plaintext; port 0 stands for every other port. An `Admission`. Written by the agent.
+#[map]
+pub(crate) static ADMISSIONS: HashMap<Endpoint, u32> = HashMap::with_max_entries(65_536, NO_PREALLOC);
+
+/// The agent's listening sockets in pods. Written by the agent; an entry goes with its socket.
+#[map]
+pub(crate) static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(16_384, 0);
+
+/// How often each outcome occurred. Read by the agent.
+#[map]
+pub(crate) static OUTCOMES: PerCpuArray<u64> = PerCpuArray::with_max_entries(Outcome::ALL.len() as u32, 0);
+
+/// News for the agent. A full buffer loses news, never a decision.
+#[map]
+pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+
+/// Tells the agent.
+#[inline(always)]
+pub(crate) fn tell(event: &Event) {
+    let _lost = EVENTS.output::<Event>(event, 0);
+}
+
+/// Whether an address is in one of the cluster's ranges.
+#[inline(always)]
+pub(crate) fn in_cluster(octets: [u8; 16]) -> bool {
+    CLUSTER_RANGES.get(Key::new(128, octets)).is_some()
+}

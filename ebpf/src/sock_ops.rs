@@ -1,0 +1,63 @@
+//! Socket callbacks: the moment at which a connecting socket has its source port but has sent nothing.
+//!
+//! Here a captured connection's original destination is filed under its source, where the agent finds it after `accept()`, and
+//! a delivery of the agent's is attested, so that `sk_lookup` lets it through to the application.
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::{BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE};
+use aya_ebpf::helpers::bpf_get_socket_cookie;
+use aya_ebpf::programs::SockOpsContext;
+use culvert_ebpf_common::{Address, Endpoint, Flow, SocketKind};
+
+use crate::maps::{ATTESTED, CAPTURED, SOCKETS};
+
+const AF_INET: u32 = 2;
+
+/// Acts on the callbacks that matter.
+#[inline(always)]
+pub(crate) fn observe(ctx: &SockOpsContext) {
+    match ctx.op() {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(ctx),
+        BPF_SOCK_OPS_STATE_CB => {
+            if ctx.arg(1) == BPF_TCP_CLOSE {
+                closed(ctx);
+            }
+        }
+        _ => {}
+    }
+}
+
+#[inline(always)]
+fn connecting(ctx: &SockOpsContext) {
+    // SAFETY: the helper takes the context that it was called for.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: `connect` wrote the entry on this very thread and nobody changes it.
+    let Some(socket) = (unsafe { SOCKETS.get(cookie) }) else { return };
+    let flow = flow(ctx);
+    match socket.kind() {
+        // A full map loses the oldest entry; a connection whose entry is lost is reset by the agent.
+        SocketKind::Captured => drop(CAPTURED.insert(flow.source, socket.original_dst(), 0)),
+        SocketKind::Delivery => {
+            if ATTESTED.insert(flow, 1, 0).is_ok() {
+                let _unattested_until_evicted = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn closed(ctx: &SockOpsContext) {
+    let _gone_already = ATTESTED.remove(flow(ctx));
+}
+
+/// Both ends of the socket, this end first.
+#[inline(always)]
+fn flow(ctx: &SockOpsContext) -> Flow {
+    let remote_port = u32::from_be(ctx.remote_port()) as u16;
+    let (local, remote) = if ctx.family() == AF_INET {
+        (Address::from_v4_word(ctx.local_ip4()), Address::from_v4_word(ctx.remote_ip4()))
+    } else {
+        (Address::from_v6_words(ctx.local_ip6()), Address::from_v6_words(ctx.remote_ip6()))
+    };
+    Flow { source: Endpoint::new(local, ctx.local_port() as u16), destination: Endpoint::new(remote, remote_port) }
+}
