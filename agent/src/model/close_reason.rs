@@ -42,6 +42,33 @@ pub enum CloseReason {
 }
 
 impl CloseReason {
+    /// All of them.
+    pub const ALL: [Self; 17] = [
+        Self::Finished,
+        Self::SourceReset,
+        Self::DestinationReset,
+        Self::DestinationRefused,
+        Self::DestinationUnreachable,
+        Self::NoEndpoint,
+        Self::PolicyDenied,
+        Self::PolicyChanged,
+        Self::PlaintextRefused,
+        Self::PeerNotAuthenticated,
+        Self::TunnelFailed,
+        Self::NoIdentity,
+        Self::NoOriginalDst,
+        Self::BadRequest,
+        Self::Overloaded,
+        Self::Draining,
+        Self::PodGone,
+    ];
+
+    /// The reason of this word.
+    #[must_use]
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.as_str() == word)
+    }
+
     /// The word for logs and metric labels.
     #[must_use]
     pub fn as_str(self) -> &'static str {

@@ -364,18 +364,18 @@ fn service_ports(service: &Service, address: IpAddr) -> impl Iterator<Item = ((I
     served.chain([((address, 0), false)])
 }
 
-/// The places of a workload's addresses in the destination table.
+/// The places of a workload's addresses in the destination table. One that takes no tunnels is named too: its address may be in one
+/// of the cluster's ranges, where what is not named is asked about.
 fn workload_destinations(workload: &Workload) -> impl Iterator<Item = ((IpAddr, u16), Destination)> {
     let modes = &workload.peer_authentication;
-    let addresses: &[IpAddr] = if workload.enrolled() { &workload.addresses } else { &[] };
-    addresses.iter().flat_map(move |address| {
-        let default = (modes.mode != Mode::Disable).then_some((0, Destination::Capture));
-        let ports = modes.ports.iter().filter_map(move |(port, mode)| match (mode, modes.mode) {
-            (Mode::Disable, Mode::Disable) => None,
-            (Mode::Disable, _) => Some((*port, Destination::Pass)),
-            (_, Mode::Disable) => Some((*port, Destination::Capture)),
-            _ => None,
-        });
-        default.into_iter().chain(ports).map(move |(port, destination)| ((*address, port), destination))
-    })
+    let destination = |mode| if mode == Mode::Disable { Destination::Pass } else { Destination::Capture };
+    let default = if workload.enrolled() { destination(modes.mode) } else { Destination::Pass };
+    let ports = modes.ports.iter().map(move |(port, mode)| (*port, destination(*mode)));
+    let ports = ports.filter(move |(_, destination)| workload.enrolled() && *destination != default);
+    let addresses: &[IpAddr] = if workload.host_network { &[] } else { &workload.addresses };
+    let places: Vec<_> = std::iter::once((0, default)).chain(ports).collect();
+    addresses.iter().flat_map(move |address| places.clone().into_iter().map(move |(port, to)| ((*address, port), to)))
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,155 @@
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::model::{Action, PeerAuthentication, PortMapping, SpiffeId, TunnelProtocol, WorkloadType};
+
+/// A ready pod of the mesh at `address`, on node `n1`.
+pub(crate) fn pod(name: &str, address: &str) -> Workload {
+    let trust_domain: TrustDomain = "cluster.local".parse().unwrap();
+    Workload {
+        uid: format!("Kubernetes//Pod/a/{name}").into(),
+        name: name.into(),
+        identity: SpiffeId::new(trust_domain, "a", name).unwrap(),
+        addresses: vec![address.parse().unwrap()],
+        node: "n1".into(),
+        protocol: TunnelProtocol::Hbone,
+        host_network: false,
+        healthy: true,
+        workload_name: name.into(),
+        workload_type: WorkloadType::Pod,
+        canonical_name: name.into(),
+        canonical_revision: "latest".into(),
+        services: BTreeMap::new(),
+        authorization_policies: Vec::new(),
+        peer_authentication: PeerAuthentication::default(),
+    }
+}
+
+/// A pod that serves `shop/web:80` on port 8080.
+pub(crate) fn backend(name: &str, address: &str) -> Workload {
+    let ports = vec![PortMapping { service_port: 80, target_port: 8080 }];
+    Workload { services: [("a/web.a.svc.cluster.local".into(), ports)].into(), ..pod(name, address) }
+}
+
+/// The service `web` at 10.96.0.1:80.
+pub(crate) fn web() -> Service {
+    Service {
+        name: "web".into(),
+        namespace: "a".into(),
+        hostname: "web.a.svc.cluster.local".into(),
+        addresses: vec!["10.96.0.1".parse().unwrap()],
+        ports: vec![PortMapping { service_port: 80, target_port: 8080 }],
+        node_local: false,
+    }
+}
+
+/// A snapshot of node `n1` with these objects.
+pub(crate) fn with(workloads: impl IntoIterator<Item = Workload>, services: impl IntoIterator<Item = Service>) -> Snapshot {
+    let mut edit = Snapshot::empty("n1").edit();
+    workloads.into_iter().for_each(|workload| edit.upsert_workload(workload));
+    services.into_iter().for_each(|service| edit.upsert_service(service));
+    edit.finish()
+}
+
+fn destination(snapshot: &Snapshot, address: &str, port: u16) -> Option<Destination> {
+    snapshot.destinations().get(&(address.parse().unwrap(), port)).copied()
+}
+
+#[test]
+fn a_pod_of_the_mesh_is_captured_and_another_passes() {
+    let outside = Workload { protocol: TunnelProtocol::None, ..pod("out", "10.0.0.2") };
+    let snapshot = with([pod("in", "10.0.0.1"), outside], []);
+    assert_eq!(destination(&snapshot, "10.0.0.1", 0), Some(Destination::Capture));
+    assert_eq!(destination(&snapshot, "10.0.0.2", 0), Some(Destination::Pass));
+}
+
+#[test]
+fn disabled_ports_pass_and_the_others_are_captured() {
+    let modes = |mode, port, own| PeerAuthentication { mode, ports: [(port, own)].into() };
+    let one = Workload { peer_authentication: modes(Mode::Strict, 81, Mode::Disable), ..pod("one", "10.0.0.1") };
+    let two = Workload { peer_authentication: modes(Mode::Disable, 82, Mode::Strict), ..pod("two", "10.0.0.2") };
+    let snapshot = with([one, two], []);
+    assert_eq!(destination(&snapshot, "10.0.0.1", 0), Some(Destination::Capture));
+    assert_eq!(destination(&snapshot, "10.0.0.1", 81), Some(Destination::Pass));
+    assert_eq!(destination(&snapshot, "10.0.0.2", 0), Some(Destination::Pass));
+    assert_eq!(destination(&snapshot, "10.0.0.2", 82), Some(Destination::Capture));
+}
+
+#[test]
+fn a_removed_pod_leaves_no_destination_behind() {
+    let modes = PeerAuthentication { mode: Mode::Strict, ports: [(81, Mode::Disable)].into() };
+    let snapshot = with([Workload { peer_authentication: modes, ..pod("one", "10.0.0.1") }], []);
+    let mut edit = snapshot.edit();
+    edit.remove_workload("Kubernetes//Pod/a/one");
+    assert!(edit.finish().destinations().is_empty());
+}
+
+#[test]
+fn an_address_that_a_new_pod_took_over_survives_the_old_ones_removal() {
+    let mut edit = with([pod("old", "10.0.0.1")], []).edit();
+    edit.upsert_workload(pod("new", "10.0.0.1"));
+    edit.remove_workload("Kubernetes//Pod/a/old");
+    let snapshot = edit.finish();
+    assert_eq!(snapshot.workload_at("10.0.0.1".parse().unwrap()).map(|workload| &*workload.name), Some("new"));
+    assert_eq!(destination(&snapshot, "10.0.0.1", 0), Some(Destination::Capture));
+}
+
+#[test]
+fn a_service_is_captured_on_its_ports_and_refused_on_others() {
+    let snapshot = with([backend("one", "10.0.0.1")], [web()]);
+    assert_eq!(destination(&snapshot, "10.96.0.1", 80), Some(Destination::Capture));
+    assert_eq!(destination(&snapshot, "10.96.0.1", 0), Some(Destination::Refuse));
+}
+
+#[test]
+fn a_service_without_a_ready_endpoint_is_refused_and_one_outside_the_mesh_is_left_alone() {
+    let unready = Workload { healthy: false, ..backend("one", "10.0.0.1") };
+    assert_eq!(destination(&with([unready], [web()]), "10.96.0.1", 80), Some(Destination::Refuse));
+    assert_eq!(destination(&with([], [web()]), "10.96.0.1", 80), Some(Destination::Refuse));
+    let outside = Workload { protocol: TunnelProtocol::None, ..backend("one", "10.0.0.1") };
+    assert_eq!(destination(&with([outside], [web()]), "10.96.0.1", 80), None);
+}
+
+#[test]
+fn a_node_local_service_counts_only_this_nodes_endpoints() {
+    let local = Service { node_local: true, ..web() };
+    let elsewhere = Workload { node: "n2".into(), ..backend("far", "10.0.1.1") };
+    let snapshot = with([backend("near", "10.0.0.1"), elsewhere.clone()], [local.clone()]);
+    let ready = &snapshot.endpoints(&local.key()).unwrap().ready;
+    assert_eq!(ready.iter().map(|workload| &*workload.name).collect::<Vec<_>>(), ["near"]);
+    assert_eq!(destination(&with([elsewhere], [local]), "10.96.0.1", 80), Some(Destination::Refuse));
+}
+
+#[test]
+fn an_endpoint_that_comes_after_its_service_is_found_and_one_that_goes_is_not() {
+    let mut edit = with([], [web()]).edit();
+    edit.upsert_workload(backend("one", "10.0.0.1"));
+    let snapshot = edit.finish();
+    assert_eq!(destination(&snapshot, "10.96.0.1", 80), Some(Destination::Capture));
+    let mut edit = snapshot.edit();
+    edit.remove_workload("Kubernetes//Pod/a/one");
+    assert_eq!(destination(&edit.finish(), "10.96.0.1", 80), Some(Destination::Refuse));
+}
+
+#[test]
+fn policies_apply_by_scope_and_missing_ones_are_named() {
+    let policy = |name: &str, namespace: &str, scope| Authorization {
+        namespace: namespace.into(),
+        name: name.into(),
+        scope,
+        action: Action::Deny,
+        dry_run: false,
+        rules: Vec::new(),
+    };
+    let mut edit = Snapshot::empty("n1").edit();
+    edit.upsert_policy(policy("mesh", "istio-system", Scope::Global));
+    edit.upsert_policy(policy("here", "a", Scope::Namespace));
+    edit.upsert_policy(policy("elsewhere", "b", Scope::Namespace));
+    edit.upsert_policy(policy("chosen", "a", Scope::WorkloadSelector));
+    edit.upsert_policy(policy("other", "a", Scope::WorkloadSelector));
+    let snapshot = edit.finish();
+    let workload = Workload { authorization_policies: vec!["a/chosen".into(), "a/late".into()], ..pod("one", "10.0.0.1") };
+    let (found, missing) = snapshot.policies_for(&workload);
+    assert_eq!(found.iter().map(|policy| &*policy.name).collect::<Vec<_>>(), ["mesh", "here", "chosen"]);
+    assert_eq!(missing, ["a/late".into()]);
+}
