@@ -1,0 +1,261 @@
+//! The destination's side: what reaches a pod in the mesh reaches it through here, or through the kernel where mode and policy
+//! need nobody to look.
+//!
+//! ```text
+//! tunnel ────> authenticate ─> for each stream ─┐
+//!                                               ├─> policy ─> deliver ─> relay ─> access log
+//! plaintext (where policy must be asked) ───────┘
+//! ```
+//!
+//! The source's identity comes from its verified certificate chain and from nothing else.
+
+use std::collections::HashMap;
+use std::fmt::Display;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rand::Rng as _;
+use rustls::ServerConfig;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use crate::capture::listener::{self, Captured};
+use crate::capture::netns::DELIVERY_MARK;
+use crate::capture::{LocalPod, destroy};
+use crate::deliver::{DeliverError, connect};
+use crate::drain::Drain;
+use crate::identity::SvidStore;
+use crate::model::{CloseReason, Flow, Mode, PeerAddr, Snapshot, SpiffeId, Verdict, Workload};
+use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection};
+use crate::policy::evaluate::evaluate;
+use crate::policy::explain::explain;
+use crate::relay::{End, Sink, Source, relay, tcp};
+use crate::tunnel::accept::Form;
+use crate::tunnel::{ALPN, TunnelError, accept, tls};
+
+pub mod open;
+mod streams;
+
+use open::{OpenConnections, Registered};
+use streams::Peer;
+
+/// How long a peer waits for the pod's certificate.
+const IDENTITY_DEADLINE: Duration = Duration::from_secs(5);
+/// Linux's default range of source ports.
+const SOURCE_PORTS: std::ops::Range<u16> = 32_768..61_000;
+
+/// The destination's side of a node.
+pub struct Inbound {
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+    svids: SvidStore,
+    open: Arc<OpenConnections>,
+    observer: Observer,
+    drain: Drain,
+    server_configs: Mutex<HashMap<SpiffeId, (u64, Arc<ServerConfig>)>>,
+}
+
+/// What a connection is refused for.
+struct Refusal {
+    reason: CloseReason,
+    detail: String,
+}
+
+impl From<DeliverError> for Refusal {
+    fn from(error: DeliverError) -> Self {
+        Self { reason: error.reason(), detail: error.to_string() }
+    }
+}
+
+impl Inbound {
+    /// The destination's side, from its parts.
+    #[must_use]
+    pub fn new(snapshots: watch::Receiver<Arc<Snapshot>>, svids: SvidStore, observer: Observer, drain: Drain) -> Arc<Self> {
+        let open = Arc::new(OpenConnections::default());
+        Arc::new(Self { snapshots, svids, open, observer, drain, server_configs: Mutex::default() })
+    }
+
+    /// Serves the tunnels that peers open to `pod`, until the pod leaves the mesh or the agent stops.
+    pub async fn serve_tunnels(self: Arc<Self>, pod: Arc<LocalPod>, listener: TcpListener) {
+        listener::serve(listener, &pod.gone, &self.drain, |accepted| {
+            let (inbound, pod) = (Arc::clone(&self), Arc::clone(&pod));
+            async move { inbound.tunnel(pod, accepted).await }
+        })
+        .await;
+    }
+
+    /// Serves the plaintext connections to `pod` that the kernel would not rule on alone.
+    pub async fn serve_plaintext(self: Arc<Self>, pod: Arc<LocalPod>, listener: TcpListener) {
+        listener::serve(listener, &pod.gone, &self.drain, |accepted| {
+            let (inbound, pod) = (Arc::clone(&self), Arc::clone(&pod));
+            async move { inbound.plaintext(&pod, accepted).await }
+        })
+        .await;
+    }
+
+    /// Closes those of the pod's open connections that its modes and policies deny now, also those that the kernel let through.
+    /// Blocks for as long as the kernel takes to list the pod's sockets.
+    pub fn recheck(&self, pod: &LocalPod) {
+        let snapshot = Arc::clone(&self.snapshots.borrow());
+        let workload = pod.workload();
+        let (policies, missing) = snapshot.policies_for(&workload);
+        let denied = |flow: &Flow| {
+            strictly_refused(&workload, flow)
+                || !evaluate(flow, &policies, &missing, snapshot.default_deny()).verdict.allowed()
+        };
+        let mut closed = self.open.close_denied(&workload.uid, denied);
+        let direct = destroy::destroy_inbound(&pod.netns, |source, destination| {
+            denied(&Flow { source_identity: None, source, destination })
+        });
+        match direct {
+            Ok(destroyed) => closed += destroyed,
+            Err(error) => {
+                warn!(pod = %workload.name, %error, "open plaintext connections could not be held against the changed policy");
+            }
+        }
+        if closed > 0 {
+            info!(pod = %workload.name, namespace = workload.identity.namespace(), closed, "closed connections that policy denies now");
+        }
+    }
+
+    async fn tunnel(self: Arc<Self>, pod: Arc<LocalPod>, Captured { stream, source, local }: Captured) {
+        let started = Instant::now();
+        let accepted = match self.tls(&pod).await {
+            Ok(config) => accept::handshake(stream, PeerAddr(source), config).await,
+            Err(error) => Err(error),
+        };
+        let result = accepted.as_ref().map(|_| ()).map_err(TunnelError::reason);
+        self.observer.metrics().handshake(Direction::Inbound, result, started.elapsed());
+        let accepted = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                let info =
+                    ConnectionInfo { destination: Some(pod.workload()), ..ConnectionInfo::new(Direction::Inbound, source, local) };
+                return self.observer.fail(info, error.reason(), &error);
+            }
+        };
+        let _counted = self.observer.metrics().inbound_tunnel();
+        let peer = Peer { identity: accepted.source, addr: source, local };
+        match accepted.tunnel {
+            Form::Hbone(tunnel) => self.hbone(pod, peer, tunnel).await,
+            Form::Single(tunnel) => self.single(pod, peer, tunnel).await,
+        }
+    }
+
+    /// The TLS set-up for the pod's present certificate.
+    async fn tls(&self, pod: &LocalPod) -> Result<Arc<ServerConfig>, TunnelError> {
+        let workload = pod.workload();
+        let no_identity = |why: &dyn Display| TunnelError::NoIdentity(why.to_string());
+        let svid = self.svids.wait(&workload.identity, IDENTITY_DEADLINE).await.map_err(|error| no_identity(&error))?;
+        let trust_domain = self.snapshots.borrow().trust_domain().cloned();
+        let trust_domain = trust_domain.ok_or_else(|| no_identity(&"the mesh's trust domain is not known yet"))?;
+        let bundle = Arc::clone(&self.svids.bundle().borrow());
+        let mut configs = self.server_configs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((generation, config)) = configs.get(&workload.identity)
+            && *generation == svid.generation
+        {
+            return Ok(Arc::clone(config));
+        }
+        let config = tls::server_config(&svid, &bundle, &trust_domain, &ALPN)?;
+        configs.insert(workload.identity.clone(), (svid.generation, Arc::clone(&config)));
+        Ok(config)
+    }
+
+    async fn plaintext(&self, pod: &LocalPod, Captured { stream, source, local }: Captured) {
+        let info = ConnectionInfo {
+            source: self.snapshots.borrow().workload_at(source.ip()).cloned(),
+            destination: Some(pod.workload()),
+            ..ConnectionInfo::new(Direction::Inbound, source, local)
+        };
+        let flow = Arc::new(Flow { source_identity: None, source, destination: local });
+        let registered = self.open.register(&pod.workload().uid, Arc::clone(&flow));
+        match self.deliver(pod, &flow).await {
+            Ok(far) => {
+                let (mut source, mut sink) = tcp::split(stream);
+                self.relay((&mut source, &mut sink), far, &registered, self.observer.open(info)).await;
+            }
+            Err(Refusal { reason, detail }) => {
+                tcp::reset_on_close(&stream);
+                self.observer.fail(info, reason, &detail);
+            }
+        }
+    }
+
+    /// Asks mode and policy, and connects to the application.
+    async fn deliver(&self, pod: &LocalPod, flow: &Flow) -> Result<TcpStream, Refusal> {
+        let workload = pod.workload();
+        self.permit(&workload, flow)?;
+        let socket = || {
+            let domain = Domain::for_address(flow.destination);
+            let made = pod.netns.enter(|| Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP)));
+            made.map_err(|source| DeliverError::Socket { destination: flow.destination, source })
+        };
+        let client = flow.source.ip();
+        if flow.source_identity.is_some() {
+            return Ok(connect::connect(socket()?, client, None, flow.destination, DELIVERY_MARK).await?);
+        }
+        let mut refused = DeliverError::Socket { destination: flow.destination, source: std::io::ErrorKind::AddrInUse.into() };
+        for _ in 0..8 {
+            let port = rand::rng().random_range(SOURCE_PORTS);
+            if self.open.holds_plaintext(&workload.uid, SocketAddr::new(client, port), flow.destination) {
+                continue;
+            }
+            match connect::connect(socket()?, client, Some(port), flow.destination, DELIVERY_MARK).await {
+                // The port is in use by another connection.
+                Err(error @ DeliverError::Socket { .. }) => refused = error,
+                answer => return Ok(answer?),
+            }
+        }
+        Err(refused.into())
+    }
+
+    fn permit(&self, workload: &Workload, flow: &Flow) -> Result<(), Refusal> {
+        if strictly_refused(workload, flow) {
+            let detail = format!("port {} takes mutual TLS only", flow.destination.port());
+            return Err(Refusal { reason: CloseReason::PlaintextRefused, detail });
+        }
+        let snapshot = Arc::clone(&self.snapshots.borrow());
+        let (policies, missing) = snapshot.policies_for(workload);
+        let evaluation = evaluate(flow, &policies, &missing, snapshot.default_deny());
+        self.observer.metrics().verdict(&evaluation);
+        match &evaluation.verdict {
+            Verdict::Allow { .. } => Ok(()),
+            Verdict::Deny { .. } => {
+                Err(Refusal { reason: CloseReason::PolicyDenied, detail: explain(flow, &evaluation.verdict) })
+            }
+        }
+    }
+
+    async fn relay(
+        &self,
+        near: (&mut impl Source, &mut impl Sink),
+        far: TcpStream,
+        registered: &Registered,
+        open: OpenConnection,
+    ) {
+        let (mut source, mut sink) = tcp::split(far);
+        let forced = self.drain.force();
+        let bytes = Arc::clone(open.bytes());
+        let counts = (&bytes.sent, &bytes.received);
+        let end = tokio::select! {
+            end = relay(near, (&mut source, &mut sink), counts, registered.cancel.token()) => end,
+            () = forced.cancelled() => End::Cancelled,
+        };
+        open.close(
+            match end {
+                End::Finished => CloseReason::Finished,
+                End::NearBroke => CloseReason::SourceReset,
+                End::FarBroke => CloseReason::DestinationReset,
+                End::Cancelled => registered.cancel.reason(),
+            },
+            None,
+        );
+    }
+}
+
+/// Whether the connection is plaintext to a port that takes none.
+fn strictly_refused(workload: &Workload, flow: &Flow) -> bool {
+    flow.source_identity.is_none() && workload.peer_authentication.mode_of(flow.destination.port()) == Mode::Strict
+}

@@ -1,0 +1,130 @@
+//! The open connections to this node's pods, so that a change of policy can close those that it denies.
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::model::{CloseReason, Flow};
+
+/// Open connections by pod.
+#[derive(Debug, Default)]
+pub struct OpenConnections {
+    pods: Mutex<HashMap<Arc<str>, Entries>>,
+    next: AtomicU64,
+}
+
+/// The open connections of one pod.
+#[derive(Debug, Default)]
+struct Entries {
+    by_id: HashMap<u64, Entry>,
+    plaintext: HashSet<(SocketAddr, SocketAddr)>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    flow: Arc<Flow>,
+    cancel: Arc<Cancel>,
+}
+
+/// Calls a connection off, once, with a reason.
+#[derive(Debug, Default)]
+pub struct Cancel {
+    token: CancellationToken,
+    reason: OnceLock<CloseReason>,
+}
+
+/// A connection's entry among the open ones; dropping it removes it.
+#[derive(Debug)]
+pub struct Registered {
+    open: Arc<OpenConnections>,
+    pod: Arc<str>,
+    id: u64,
+    /// Fires when the connection must end.
+    pub cancel: Arc<Cancel>,
+}
+
+impl Cancel {
+    /// Ends the connection.
+    pub fn cancel(&self, reason: CloseReason) {
+        // The first reason stands.
+        let _earlier = self.reason.set(reason);
+        self.token.cancel();
+    }
+
+    /// Fires when the connection must end.
+    #[must_use]
+    pub fn token(&self) -> &CancellationToken {
+        &self.token
+    }
+
+    /// Why it must end; [`CloseReason::Draining`] when nobody has said.
+    #[must_use]
+    pub fn reason(&self) -> CloseReason {
+        self.reason.get().copied().unwrap_or(CloseReason::Draining)
+    }
+}
+
+impl OpenConnections {
+    /// Enters a connection to the pod of this UID. To be done before its verdict is asked for, so that no change of policy falls
+    /// between the two.
+    #[must_use]
+    pub fn register(self: &Arc<Self>, pod: &Arc<str>, flow: Arc<Flow>) -> Registered {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let cancel = Arc::new(Cancel::default());
+        let mut pods = self.lock();
+        let entries = pods.entry(Arc::clone(pod)).or_default();
+        if flow.source_identity.is_none() {
+            entries.plaintext.insert((flow.source, flow.destination));
+        }
+        entries.by_id.insert(id, Entry { flow, cancel: Arc::clone(&cancel) });
+        drop(pods);
+        Registered { open: Arc::clone(self), pod: Arc::clone(pod), id, cancel }
+    }
+
+    /// Ends the connections to a pod that `denied` says so, with [`CloseReason::PolicyChanged`]. Returns how many.
+    pub fn close_denied(&self, pod: &str, denied: impl Fn(&Flow) -> bool) -> usize {
+        let mut closed = 0;
+        for entry in self.lock().get(pod).into_iter().flat_map(|entries| entries.by_id.values()) {
+            if denied(&entry.flow) {
+                entry.cancel.cancel(CloseReason::PolicyChanged);
+                closed += 1;
+            }
+        }
+        closed
+    }
+
+    /// Ends all connections to a pod.
+    pub fn close_all(&self, pod: &str, reason: CloseReason) {
+        for entry in self.lock().get(pod).into_iter().flat_map(|entries| entries.by_id.values()) {
+            entry.cancel.cancel(reason);
+        }
+    }
+
+    /// Whether the agent holds a plaintext connection from exactly this address and port to `destination`. A delivery must not take
+    /// the same pair: in the pod's namespace the kernel could not tell the two apart.
+    #[must_use]
+    pub fn holds_plaintext(&self, pod: &str, source: SocketAddr, destination: SocketAddr) -> bool {
+        self.lock().get(pod).is_some_and(|entries| entries.plaintext.contains(&(source, destination)))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Arc<str>, Entries>> {
+        // A panic while the lock was held cannot have left the table half changed: every change is one call.
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let mut pods = self.open.lock();
+        let Some(entries) = pods.get_mut(&self.pod) else { return };
+        if let Some(Entry { flow, .. }) = entries.by_id.remove(&self.id) {
+            entries.plaintext.remove(&(flow.source, flow.destination));
+        }
+        if entries.by_id.is_empty() {
+            pods.remove(&self.pod);
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! What a peer's tunnel carries to a pod, stream by stream, in either form.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::net::TcpStream;
+use tokio_rustls::server::TlsStream;
+use tracing::debug;
+
+use super::open::Registered;
+use super::{Inbound, Refusal};
+use crate::capture::LocalPod;
+use crate::model::{CloseReason, Flow, SpiffeId};
+use crate::observe::{ConnectionInfo, Direction, Security};
+use crate::relay::tcp;
+use crate::tunnel::hbone::{self, OpenRequest};
+use crate::tunnel::single::{self, Open, SingleSink, SingleSource};
+
+/// The far end of a tunnel.
+#[derive(Clone)]
+pub(super) struct Peer {
+    /// Who its workload is, from the verified certificate chain.
+    pub(super) identity: SpiffeId,
+    /// Its address, which is its workload's.
+    pub(super) addr: SocketAddr,
+    /// The pod's address and the tunnel port.
+    pub(super) local: SocketAddr,
+}
+
+impl Inbound {
+    /// The streams of an HBONE tunnel, side by side.
+    pub(super) async fn hbone(
+        self: Arc<Self>,
+        pod: Arc<LocalPod>,
+        peer: Peer,
+        mut tunnel: hbone::Inbound<TlsStream<TcpStream>>,
+    ) {
+        let mut draining = false;
+        loop {
+            let request = tokio::select! {
+                request = tunnel.next() => request,
+                () = pod.gone.cancelled(), if !draining => {
+                    tunnel.drain();
+                    draining = true;
+                    continue;
+                }
+                () = self.drain.started(), if !draining => {
+                    tunnel.drain();
+                    draining = true;
+                    continue;
+                }
+                () = self.drain.force().cancelled() => break,
+            };
+            match request {
+                Some(Ok(request)) => {
+                    let (inbound, pod, peer) = (Arc::clone(&self), Arc::clone(&pod), peer.clone());
+                    let guard = self.drain.guard();
+                    tokio::spawn(async move {
+                        inbound.hbone_stream(&pod, &peer, request).await;
+                        drop(guard);
+                    });
+                }
+                Some(Err(error)) => {
+                    debug!(peer = %peer.addr, %error, "tunnel broke");
+                    break;
+                }
+                None => break,
+            }
+        }
+    }
+
+    /// The streams of a tunnel of the single form, one after the other.
+    pub(super) async fn single(&self, pod: Arc<LocalPod>, peer: Peer, mut tunnel: single::Idle) {
+        loop {
+            let next = tokio::select! {
+                next = tunnel.next() => next,
+                () = pod.gone.cancelled() => return,
+                () = self.drain.started() => return,
+            };
+            let (open, source, sink) = match next {
+                Ok(Some(stream)) => stream,
+                Ok(None) => return,
+                Err(error) => return debug!(peer = %peer.addr, %error, "tunnel broke"),
+            };
+            let _guard = self.drain.guard();
+            match self.single_stream(&pod, &peer, &open, source, sink).await {
+                Some(idle) => tunnel = idle,
+                None => return,
+            }
+        }
+    }
+
+    async fn hbone_stream(&self, pod: &LocalPod, peer: &Peer, mut request: OpenRequest) {
+        let destination = request.destination();
+        let info = self.describe(pod, peer, destination.unwrap_or(peer.local));
+        let delivered = match self.admit(pod, peer, destination) {
+            Ok((flow, registered)) => tokio::select! {
+                delivered = self.deliver(pod, &flow) => delivered.map(|far| (far, registered)),
+                () = request.abandoned() => {
+                    let detail = "the source gave up before the destination answered";
+                    return self.observer.fail(info, CloseReason::SourceReset, &detail);
+                }
+            },
+            Err(refusal) => Err(refusal),
+        };
+        let (far, registered) = match delivered {
+            Ok(delivered) => delivered,
+            Err(Refusal { reason, detail }) => {
+                self.observer.fail(info, reason, &detail);
+                return request.refuse(reason);
+            }
+        };
+        match request.accept() {
+            Ok((mut source, mut sink)) => {
+                self.relay((&mut source, &mut sink), far, &registered, self.observer.open(info)).await;
+            }
+            Err(error) => {
+                tcp::reset_on_close(&far);
+                self.observer.fail(info, CloseReason::SourceReset, &error);
+            }
+        }
+    }
+
+    /// Serves one stream; gives the tunnel back when it can carry another.
+    async fn single_stream(
+        &self,
+        pod: &LocalPod,
+        peer: &Peer,
+        open: &Open,
+        mut source: SingleSource,
+        mut sink: SingleSink,
+    ) -> Option<single::Idle> {
+        // Only the port is taken from what the peer says; the address is the tunnel's own.
+        let peer = Peer { addr: SocketAddr::new(peer.addr.ip(), open.source.port()), ..peer.clone() };
+        let info = self.describe(pod, &peer, open.destination);
+        let delivered = match self.admit(pod, &peer, Some(open.destination)) {
+            Ok((flow, registered)) => self.deliver(pod, &flow).await.map(|far| (far, registered)),
+            Err(refusal) => Err(refusal),
+        };
+        let (far, registered) = match delivered {
+            Ok(delivered) => delivered,
+            Err(Refusal { reason, detail }) => {
+                self.observer.fail(info, reason, &detail);
+                sink.answer(Some(reason)).await.ok()?;
+                return Some(sink.refused(source));
+            }
+        };
+        if let Err(error) = sink.answer(None).await {
+            tcp::reset_on_close(&far);
+            self.observer.fail(info, CloseReason::SourceReset, &error);
+            return None;
+        }
+        self.relay((&mut source, &mut sink), far, &registered, self.observer.open(info)).await;
+        single::reunite(source, sink)
+    }
+
+    fn describe(&self, pod: &LocalPod, peer: &Peer, destination: SocketAddr) -> ConnectionInfo {
+        let snapshot = self.snapshots.borrow();
+        let workload = pod.workload();
+        ConnectionInfo {
+            source: snapshot.workload_at(peer.addr.ip()).filter(|workload| workload.identity == peer.identity).cloned(),
+            source_identity: Some(peer.identity.clone()),
+            destination_identity: Some(workload.identity.clone()),
+            destination: Some(workload),
+            security: Security::MutualTls,
+            ..ConnectionInfo::new(Direction::Inbound, peer.addr, destination)
+        }
+    }
+
+    /// Enters a stream among the open connections, if it is for this pod.
+    fn admit(&self, pod: &LocalPod, peer: &Peer, destination: Option<SocketAddr>) -> Result<(Arc<Flow>, Registered), Refusal> {
+        let Some(destination) = destination.filter(|destination| pod.addresses.contains(&destination.ip())) else {
+            let detail = "the stream's destination is not an address and port of this pod".to_owned();
+            return Err(Refusal { reason: CloseReason::BadRequest, detail });
+        };
+        let flow = Arc::new(Flow { source_identity: Some(peer.identity.clone()), source: peer.addr, destination });
+        let registered = self.open.register(&pod.workload().uid, Arc::clone(&flow));
+        Ok((flow, registered))
+    }
+}

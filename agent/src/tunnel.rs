@@ -1,0 +1,110 @@
+//! Tunnels between agents: mutual TLS connections that carry captured connections as streams.
+//!
+//! Enters: a connected socket, this workload's SVID, and who the peer is meant to be. Leaves: streams, as endpoints for the
+//! relay. The peer is authenticated before any byte of an application moves; what form the streams take on the wire is chosen by
+//! ALPN and stays inside this module.
+
+pub mod accept;
+pub mod dial;
+pub mod hbone;
+pub mod pool;
+pub mod single;
+pub mod stream;
+pub mod tls;
+pub mod verify;
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::TcpStream;
+
+use crate::model::CloseReason;
+
+pub use stream::{Stream, StreamSink, StreamSource};
+
+/// How long a TLS handshake may take, on either side.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The forms that this agent speaks, by ALPN, the preferred one first.
+pub const ALPN: [&[u8]; 2] = [single::ALPN, hbone::ALPN];
+
+/// A tunnel that has just been made, in the form that both sides chose.
+#[derive(Debug)]
+pub enum Tunnel {
+    /// Carries many streams at once.
+    Hbone(hbone::Outbound),
+    /// Carries one stream at a time.
+    Single(single::Idle),
+}
+
+/// Why a stream could not be opened, or a tunnel not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum TunnelError {
+    /// There is no way to the peer's agent, or it does not listen.
+    #[error("no tunnel to {peer}: {source}")]
+    Connect {
+        /// The peer.
+        peer: SocketAddr,
+        /// What the network said.
+        source: io::Error,
+    },
+    /// The peer did not answer in time.
+    #[error("no tunnel to {peer}: no answer within {HANDSHAKE_TIMEOUT:?}")]
+    TimedOut {
+        /// The peer.
+        peer: SocketAddr,
+    },
+    /// The certificates of one side did not satisfy the other, or the peer speaks no TLS 1.3.
+    #[error("no tunnel with {peer}: {source}")]
+    Handshake {
+        /// The peer.
+        peer: SocketAddr,
+        /// What TLS said.
+        source: io::Error,
+    },
+    /// This workload has no certificate.
+    #[error("no tunnel: {0}")]
+    NoIdentity(String),
+    /// TLS could not be set up from this workload's certificate.
+    #[error("no tunnel: {0}")]
+    Config(#[from] tls::TlsError),
+    /// The tunnel broke while a stream was being opened.
+    #[error("the tunnel broke: {0}")]
+    Broken(#[from] h2::Error),
+    /// The tunnel was cut while a stream was being opened, or the peer spoke out of turn.
+    #[error("the tunnel was cut: {0}")]
+    Cut(#[source] io::Error),
+    /// The peer answered, and refused the stream.
+    #[error("the destination's agent refused the connection: {reason}")]
+    Refused {
+        /// The reason that it gave.
+        reason: CloseReason,
+    },
+}
+
+impl TunnelError {
+    /// The word for logs and metrics.
+    #[must_use]
+    pub fn reason(&self) -> CloseReason {
+        match self {
+            Self::Connect { .. } | Self::TimedOut { .. } => CloseReason::DestinationUnreachable,
+            Self::Handshake { .. } => CloseReason::PeerNotAuthenticated,
+            Self::NoIdentity(_) | Self::Config(_) => CloseReason::NoIdentity,
+            Self::Broken(_) | Self::Cut(_) => CloseReason::TunnelFailed,
+            Self::Refused { reason } => *reason,
+        }
+    }
+}
+
+/// Sets up a socket that carries a tunnel: no delay, and a peer that vanished is noticed within about 30 s.
+///
+/// # Errors
+/// What the kernel says; only for a socket that is already gone.
+pub fn tune(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let socket = SockRef::from(stream);
+    let probes = TcpKeepalive::new().with_time(Duration::from_secs(15)).with_interval(Duration::from_secs(5)).with_retries(3);
+    socket.set_tcp_keepalive(&probes)?;
+    socket.set_tcp_user_timeout(Some(Duration::from_secs(30)))
+}

@@ -1,0 +1,35 @@
+//! The dialling side's handshake: a connected socket becomes a tunnel to the workload that was meant, or nothing.
+
+use std::sync::Arc;
+
+use rustls::ClientConfig;
+use rustls_pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+
+use super::{HANDSHAKE_TIMEOUT, Tunnel, TunnelError, hbone, single, tune};
+use crate::model::PeerAddr;
+
+/// Authenticates both sides and starts the tunnel. Whom the peer must be is in `config`.
+///
+/// # Errors
+/// [`TunnelError::Handshake`] when the peer is somebody else, does not accept our certificate or speaks no TLS 1.3;
+/// [`TunnelError::TimedOut`] after [`HANDSHAKE_TIMEOUT`]; [`TunnelError::Broken`] when it does not speak the tunnel's protocol.
+///
+/// # Cancel safety
+/// Dropped before it ends, it closes the connection.
+pub async fn handshake(stream: TcpStream, peer: PeerAddr, config: Arc<ClientConfig>) -> Result<Tunnel, TunnelError> {
+    let peer = peer.0;
+    tune(&stream).map_err(|source| TunnelError::Connect { peer, source })?;
+    let connecting = async {
+        // The name is not sent: the peer's identity is checked, not its address.
+        let tls = TlsConnector::from(config).connect(ServerName::from(peer.ip()), stream).await;
+        let tls = tls.map_err(|source| TunnelError::Handshake { peer, source })?;
+        if tls.get_ref().1.alpn_protocol() == Some(single::ALPN) {
+            return Ok(Tunnel::Single(single::Idle::new(tls.into())));
+        }
+        Ok(Tunnel::Hbone(hbone::Outbound::start(tls).await?))
+    };
+    timeout(HANDSHAKE_TIMEOUT, connecting).await.map_err(|_elapsed| TunnelError::TimedOut { peer })?
+}

@@ -1,0 +1,314 @@
+//! HBONE: one captured connection is one HTTP/2 `CONNECT` stream (RFC 9113, section 8.5), its destination in `:authority`.
+//!
+//! Interoperates with Istio ambient. A stream's END_STREAM is the connection's FIN, its RST_STREAM the connection's RST, and its
+//! flow-control window the connection's: a window is given back only when the application has taken the bytes. The tunnel's own
+//! window is so large that one slow stream cannot hold up another.
+
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use bytes::Bytes;
+use h2::{Reason, RecvStream, SendStream, client, server};
+use http::{HeaderName, Method, Request, Response, StatusCode};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tracing::{Instrument as _, debug};
+
+use super::TunnelError;
+use crate::model::CloseReason;
+use crate::relay::{Broken, Sink, Source};
+
+/// The ALPN protocol of this form.
+pub const ALPN: &[u8] = b"h2";
+/// A stream's window, in bytes: what one connection may have in flight.
+const STREAM_WINDOW: u32 = 4 << 20;
+/// The tunnel's window, in bytes: more than all its streams can use.
+const TUNNEL_WINDOW: u32 = 1 << 30;
+/// The largest frame taken, in bytes.
+const FRAME: u32 = 1 << 20;
+/// How many streams a tunnel carries at once.
+pub const STREAMS: u32 = 100;
+/// Names the reason of a refusal, in the words of the access log. Other implementations skip it.
+const REASON: HeaderName = HeaderName::from_static("culvert-close-reason");
+
+/// The dialling side of a tunnel.
+#[derive(Debug)]
+pub struct Outbound {
+    requests: client::SendRequest<Bytes>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    streams: AtomicUsize,
+    closed: AtomicBool,
+}
+
+/// The accepting side of a tunnel.
+pub struct Inbound<T> {
+    connection: server::Connection<T, Bytes>,
+}
+
+/// A peer's wish to open a stream.
+pub struct OpenRequest {
+    request: Request<RecvStream>,
+    respond: server::SendResponse<Bytes>,
+}
+
+/// The half of a stream that gives bytes.
+#[derive(Debug)]
+pub struct HboneSource {
+    stream: RecvStream,
+    _place: Option<Arc<Place>>,
+}
+
+/// The half of a stream that takes bytes. Dropped before it has finished, it resets the stream.
+#[derive(Debug)]
+pub struct HboneSink {
+    stream: SendStream<Bytes>,
+    _place: Option<Arc<Place>>,
+}
+
+/// A stream's place in its tunnel's count.
+#[derive(Debug)]
+struct Place(Arc<Shared>);
+
+impl Outbound {
+    /// Starts HTTP/2 on an authenticated connection. The tunnel runs in a task of its own until it breaks or the last handle to it
+    /// is dropped.
+    ///
+    /// # Errors
+    /// [`TunnelError::Broken`] when the peer does not speak HTTP/2.
+    pub async fn start<T>(io: T) -> Result<Self, TunnelError>
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (requests, connection) = client::Builder::new()
+            .initial_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(TUNNEL_WINDOW)
+            .max_frame_size(FRAME)
+            .max_send_buffer_size(STREAM_WINDOW as usize)
+            .enable_push(false)
+            .handshake(io)
+            .await?;
+        let shared = Arc::new(Shared::default());
+        let watched = Arc::clone(&shared);
+        tokio::spawn(
+            async move {
+                if let Err(error) = connection.await {
+                    debug!(%error, "tunnel broke");
+                }
+                watched.closed.store(true, Ordering::Release);
+            }
+            .in_current_span(),
+        );
+        Ok(Self { requests, shared })
+    }
+
+    /// How many streams it carries now.
+    #[must_use]
+    pub fn streams(&self) -> usize {
+        self.shared.streams.load(Ordering::Relaxed)
+    }
+
+    /// Whether it has ended.
+    #[must_use]
+    pub fn closed(&self) -> bool {
+        self.shared.closed.load(Ordering::Acquire)
+    }
+
+    /// Whether new streams may be opened.
+    #[must_use]
+    pub fn usable(&self) -> bool {
+        !self.closed() && self.streams() < STREAMS as usize
+    }
+
+    /// Opens a stream to `destination`, which the peer must reach for us before it answers.
+    ///
+    /// # Errors
+    /// [`TunnelError::Refused`] with the peer's reason, or [`TunnelError::Broken`].
+    pub async fn open(&self, destination: SocketAddr) -> Result<(HboneSource, HboneSink), TunnelError> {
+        let place = Arc::new(Place::take(&self.shared));
+        let mut request = Request::new(());
+        *request.method_mut() = Method::CONNECT;
+        // An address and a port are always an authority.
+        *request.uri_mut() = destination.to_string().parse().map_err(|_: http::uri::InvalidUri| h2::Error::from(Reason::INTERNAL_ERROR))?;
+        let mut requests = self.requests.clone().ready().await?;
+        let (response, sink) = requests.send_request(request, false)?;
+        let (head, stream) = response.await?.into_parts();
+        if head.status != StatusCode::OK {
+            let word = head.headers.get(&REASON).and_then(|word| word.to_str().ok());
+            let reason = word.and_then(CloseReason::from_word).unwrap_or_else(|| reason_of(head.status));
+            return Err(TunnelError::Refused { reason });
+        }
+        Ok((HboneSource { stream, _place: Some(Arc::clone(&place)) }, HboneSink { stream: sink, _place: Some(place) }))
+    }
+}
+
+impl Place {
+    fn take(shared: &Arc<Shared>) -> Self {
+        shared.streams.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(shared))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl<T> Inbound<T>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    /// Starts HTTP/2 on an authenticated connection.
+    ///
+    /// # Errors
+    /// [`TunnelError::Broken`] when the peer does not speak HTTP/2.
+    pub async fn start(io: T) -> Result<Self, TunnelError> {
+        let connection = server::Builder::new()
+            .initial_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(TUNNEL_WINDOW)
+            .max_frame_size(FRAME)
+            .max_send_buffer_size(STREAM_WINDOW as usize)
+            .max_concurrent_streams(STREAMS)
+            .max_header_list_size(16 * 1024)
+            .handshake(io)
+            .await?;
+        Ok(Self { connection })
+    }
+
+    /// The peer's next wish; none when the tunnel has ended in order. Must be called until then: it drives all the streams. Cancel
+    /// safe.
+    ///
+    /// # Errors
+    /// [`TunnelError::Broken`] when the tunnel breaks.
+    pub async fn next(&mut self) -> Option<Result<OpenRequest, TunnelError>> {
+        let accepted = self.connection.accept().await?;
+        Some(accepted.map(|(request, respond)| OpenRequest { request, respond }).map_err(TunnelError::from))
+    }
+
+    /// Takes no more streams; those that are open go on.
+    pub fn drain(&mut self) {
+        self.connection.graceful_shutdown();
+    }
+}
+
+impl OpenRequest {
+    /// The address that the peer asks for; none when the request is not a `CONNECT` to an address and a port.
+    #[must_use]
+    pub fn destination(&self) -> Option<SocketAddr> {
+        if self.request.method() != Method::CONNECT {
+            return None;
+        }
+        self.request.uri().authority()?.as_str().parse().ok()
+    }
+
+    /// Grants the wish.
+    ///
+    /// # Errors
+    /// [`TunnelError::Broken`] when the peer has given up meanwhile.
+    pub fn accept(mut self) -> Result<(HboneSource, HboneSink), TunnelError> {
+        let sink = self.respond.send_response(Response::new(()), false)?;
+        Ok((HboneSource { stream: self.request.into_body(), _place: None }, HboneSink { stream: sink, _place: None }))
+    }
+
+    /// Waits until the peer gives the stream up.
+    pub async fn abandoned(&mut self) {
+        let _reason = poll_fn(|cx| self.respond.poll_reset(cx)).await;
+    }
+
+    /// Refuses the wish.
+    pub fn refuse(mut self, reason: CloseReason) {
+        let mut response = Response::new(());
+        *response.status_mut() = status_of(reason);
+        response.headers_mut().insert(REASON, http::HeaderValue::from_static(reason.as_str()));
+        // A peer that has gone meanwhile needs no answer.
+        let _gone = self.respond.send_response(response, true);
+    }
+}
+
+impl Source for HboneSource {
+    async fn chunk(&mut self) -> Result<Option<Bytes>, Broken> {
+        loop {
+            match self.stream.data().await {
+                // An empty frame says nothing; an empty chunk would.
+                Some(Ok(bytes)) if bytes.is_empty() => {}
+                Some(Ok(bytes)) => return Ok(Some(bytes)),
+                // A tunnel that was cut is no end of file.
+                Some(Err(error)) => return Err(broken(error)),
+                None => return Ok(None),
+            }
+        }
+    }
+
+    fn passed_on(&mut self, bytes: usize) {
+        // Refused only when more is given back than was taken, or when the stream is gone.
+        let _gone = self.stream.flow_control().release_capacity(bytes);
+    }
+}
+
+impl Sink for HboneSink {
+    async fn write(&mut self, mut chunk: Bytes) -> Result<(), Broken> {
+        while !chunk.is_empty() {
+            self.stream.reserve_capacity(chunk.len());
+            let capacity = poll_fn(|cx| self.stream.poll_capacity(cx)).await;
+            let capacity = capacity.ok_or_else(|| Broken(io::ErrorKind::BrokenPipe.into()))?.map_err(broken)?;
+            let part = chunk.split_to(capacity.min(chunk.len()));
+            self.stream.send_data(part, false).map_err(broken)?;
+        }
+        Ok(())
+    }
+
+    async fn broken(&mut self) -> Broken {
+        match poll_fn(|cx| self.stream.poll_reset(cx)).await {
+            Ok(reason) => broken(reason.into()),
+            Err(error) => broken(error),
+        }
+    }
+
+    async fn finish(&mut self) -> Result<(), Broken> {
+        self.stream.send_data(Bytes::new(), true).map_err(broken)
+    }
+
+    fn reset(&mut self) {
+        self.stream.send_reset(Reason::CONNECT_ERROR);
+    }
+}
+
+fn broken(error: h2::Error) -> Broken {
+    Broken(error.into_io().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()))
+}
+
+/// The status that says a reason to any implementation.
+fn status_of(reason: CloseReason) -> StatusCode {
+    match reason {
+        CloseReason::PolicyDenied | CloseReason::PolicyChanged | CloseReason::PeerNotAuthenticated | CloseReason::PlaintextRefused => {
+            StatusCode::UNAUTHORIZED
+        }
+        CloseReason::BadRequest | CloseReason::NoOriginalDst => StatusCode::BAD_REQUEST,
+        CloseReason::Finished
+        | CloseReason::SourceReset
+        | CloseReason::DestinationReset
+        | CloseReason::DestinationRefused
+        | CloseReason::DestinationUnreachable
+        | CloseReason::NoEndpoint
+        | CloseReason::TunnelFailed
+        | CloseReason::NoIdentity
+        | CloseReason::Overloaded
+        | CloseReason::Draining
+        | CloseReason::PodGone => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}
+
+/// What a status of an implementation that gives no word means.
+fn reason_of(status: StatusCode) -> CloseReason {
+    match status {
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => CloseReason::PolicyDenied,
+        StatusCode::SERVICE_UNAVAILABLE | StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT => CloseReason::DestinationRefused,
+        _ => CloseReason::BadRequest,
+    }
+}

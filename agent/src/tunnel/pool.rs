@@ -1,0 +1,229 @@
+//! Tunnels in use and tunnels kept warm, by who speaks to whom.
+//!
+//! A tunnel belongs to one source workload under one certificate and to one destination workload, so that no stream ever travels
+//! under another's identity. Looking one up costs the same however many there are. Which form a destination speaks is learnt from
+//! the first tunnel to it; then streams of HBONE share tunnels, and streams of the single form get one each, used again after.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use super::single::{self, Idle, Open};
+use super::{Stream, StreamSink, StreamSource, Tunnel, TunnelError, hbone};
+
+/// How long a tunnel without streams is kept.
+const IDLE: Duration = Duration::from_secs(90);
+/// How many idle tunnels of the single form are kept for one key.
+const IDLE_PER_KEY: usize = 256;
+/// How many pooled tunnels are tried before a new one is made: each may have broken unseen.
+const TRIES: usize = 4;
+
+/// The tunnels of a node, by a key that says who speaks to whom.
+#[derive(Debug)]
+pub struct Pool<K> {
+    slots: Mutex<HashMap<K, Arc<Slot>>>,
+}
+
+/// The tunnels of one key.
+#[derive(Debug, Default)]
+pub(super) struct Slot {
+    tunnels: Mutex<Tunnels>,
+    /// Held while the first tunnel, or one more of HBONE, is being made: others wait for it rather than make one each.
+    dialling: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug, Default)]
+struct Tunnels {
+    shared: Vec<Warm<Arc<hbone::Outbound>>>,
+    idle: Vec<Warm<Idle>>,
+    /// The destination speaks the single form.
+    single: bool,
+    retired: bool,
+}
+
+#[derive(Debug)]
+struct Warm<T> {
+    tunnel: T,
+    last_used: Instant,
+}
+
+impl<T> Warm<T> {
+    fn new(tunnel: T) -> Self {
+        Self { tunnel, last_used: Instant::now() }
+    }
+}
+
+impl<K: Eq + Hash + Clone> Pool<K> {
+    /// No tunnels.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { slots: Mutex::new(HashMap::new()) }
+    }
+
+    /// Opens a stream, in a tunnel that is there or else in one that `dial` makes. A pooled tunnel that turns out broken is replaced:
+    /// nothing of the application's has been sent yet.
+    ///
+    /// # Errors
+    /// What `dial` says, or [`TunnelError::Refused`].
+    pub async fn open<F>(&self, key: &K, open: &Open, dial: impl Fn() -> F) -> Result<Stream, TunnelError>
+    where
+        F: Future<Output = Result<Tunnel, TunnelError>>,
+    {
+        let slot = Arc::clone(lock(&self.slots).entry(key.clone()).or_default());
+        if let Some(stream) = slot.open_pooled(open).await? {
+            return Ok(stream);
+        }
+        let mut first = None;
+        if !slot.lock().single {
+            let dialling = slot.dialling.lock().await;
+            if let Some(stream) = slot.open_pooled(open).await? {
+                return Ok(stream);
+            }
+            if !slot.lock().single {
+                first = Some(dial().await?);
+                slot.lock().single = matches!(first, Some(Tunnel::Single(_)));
+            }
+            drop(dialling);
+        }
+        let tunnel = match first {
+            Some(tunnel) => tunnel,
+            None => dial().await?,
+        };
+        match tunnel {
+            Tunnel::Single(idle) => slot.open_single(idle, open).await,
+            Tunnel::Hbone(tunnel) => {
+                let tunnel = Arc::new(tunnel);
+                slot.lock().shared.push(Warm::new(Arc::clone(&tunnel)));
+                Ok(Stream::hbone(tunnel.open(open.destination).await?))
+            }
+        }
+    }
+
+    /// Drops the tunnels that are broken, and those that have carried nothing for long. Streams that are open go on.
+    pub fn sweep(&self, now: Instant) {
+        lock(&self.slots).retain(|_, slot| {
+            let mut tunnels = slot.lock();
+            tunnels.shared.retain_mut(|warm| {
+                if warm.tunnel.streams() > 0 {
+                    warm.last_used = now;
+                }
+                !warm.tunnel.closed() && now.saturating_duration_since(warm.last_used) < IDLE
+            });
+            tunnels.idle.retain(|warm| now.saturating_duration_since(warm.last_used) < IDLE && warm.tunnel.quiet());
+            // A slot that somebody holds is about to be filled.
+            !tunnels.shared.is_empty() || !tunnels.idle.is_empty() || Arc::strong_count(slot) + Arc::weak_count(slot) > 1
+        });
+    }
+
+    /// Forgets the tunnels whose key `retired` says so. Streams that are open go on until they end.
+    pub fn retire(&self, retired: impl Fn(&K) -> bool) {
+        lock(&self.slots).retain(|key, slot| {
+            let keep = !retired(key);
+            if !keep {
+                let mut tunnels = slot.lock();
+                tunnels.retired = true;
+                tunnels.idle.clear();
+            }
+            keep
+        });
+    }
+
+    /// How many tunnels there are that are shared or idle.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        let count = |slot: &Arc<Slot>| {
+            let tunnels = slot.lock();
+            tunnels.shared.len() + tunnels.idle.len()
+        };
+        lock(&self.slots).values().map(count).sum()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl<K: Eq + Hash + Clone> Default for Pool<K> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Slot {
+    /// A stream in a tunnel that is there; none when no tunnel works.
+    async fn open_pooled(self: &Arc<Self>, open: &Open) -> Result<Option<Stream>, TunnelError> {
+        for _ in 0..TRIES {
+            let Some(tunnel) = self.usable() else { return Ok(None) };
+            let opened = match tunnel {
+                Pooled::Idle(idle) => self.open_single(idle, open).await,
+                Pooled::Shared(tunnel) => tunnel.open(open.destination).await.map(Stream::hbone),
+            };
+            match opened {
+                Err(TunnelError::Broken(_) | TunnelError::Cut(_)) => {}
+                opened => return opened.map(Some),
+            }
+        }
+        Ok(None)
+    }
+
+    async fn open_single(self: &Arc<Self>, idle: Idle, open: &Open) -> Result<Stream, TunnelError> {
+        match idle.open(open).await.map_err(TunnelError::Cut)? {
+            Ok((source, sink)) => Ok(Stream {
+                source: StreamSource::Single(source),
+                sink: StreamSink::Single(sink),
+                home: Some(Arc::downgrade(self)),
+            }),
+            Err((reason, idle)) => {
+                self.put(idle);
+                Err(TunnelError::Refused { reason })
+            }
+        }
+    }
+
+    /// Keeps a tunnel for the next stream.
+    pub(super) fn put(&self, idle: Idle) {
+        let mut tunnels = self.lock();
+        if !tunnels.retired && tunnels.idle.len() < IDLE_PER_KEY {
+            tunnels.idle.push(Warm::new(idle));
+        }
+    }
+
+    fn usable(&self) -> Option<Pooled> {
+        let mut tunnels = self.lock();
+        // The one used last is the likeliest to be there still.
+        while let Some(warm) = tunnels.idle.pop() {
+            if warm.tunnel.quiet() {
+                return Some(Pooled::Idle(warm.tunnel));
+            }
+        }
+        tunnels.shared.retain(|warm| !warm.tunnel.closed());
+        let warm = tunnels.shared.iter_mut().filter(|warm| warm.tunnel.usable()).min_by_key(|warm| warm.tunnel.streams())?;
+        warm.last_used = Instant::now();
+        Some(Pooled::Shared(Arc::clone(&warm.tunnel)))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Tunnels> {
+        lock(&self.tunnels)
+    }
+}
+
+enum Pooled {
+    Idle(Idle),
+    Shared(Arc<hbone::Outbound>),
+}
+
+/// Gives a stream's tunnel back, if it ended in order and the pool still wants it.
+pub(super) fn give_back(home: &Weak<Slot>, source: single::SingleSource, sink: single::SingleSink) {
+    if let (Some(slot), Some(idle)) = (home.upgrade(), single::reunite(source, sink)) {
+        slot.put(idle);
+    }
+}
+
+/// A panic while the lock was held cannot have left the tables half changed: every change is one call.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
