@@ -1,3 +1,5 @@
 //! Culvert: mutual TLS for every pod of a node, without a sidecar.
+pub mod identity;
 pub mod model;
 pub mod proto;
+pub mod tunnel;

@@ -1,0 +1,4 @@
+//! Tunnels between agents.
+
+pub mod tls;
+pub mod verify;
