@@ -64,8 +64,8 @@ enum Fault {
 /// Copies between two endpoints until both directions have finished, one breaks, or `cancel` fires. `sent` counts the bytes from
 /// near to far, `received` those from far to near, each as it has been handed on.
 pub async fn relay<NS, NK, FS, FK>(
-    near: (NS, NK),
-    far: (FS, FK),
+    (near_source, near_sink): (&mut NS, &mut NK),
+    (far_source, far_sink): (&mut FS, &mut FK),
     (sent, received): (&AtomicU64, &AtomicU64),
     cancel: &CancellationToken,
 ) -> End
@@ -75,10 +75,9 @@ where
     FS: Source,
     FK: Sink,
 {
-    let ((mut near_source, mut near_sink), (mut far_source, mut far_sink)) = (near, far);
     let end = {
-        let mut out = pin!(pump(&mut near_source, &mut far_sink, sent));
-        let mut back = pin!(pump(&mut far_source, &mut near_sink, received));
+        let mut out = pin!(pump(near_source, far_sink, sent));
+        let mut back = pin!(pump(far_source, near_sink, received));
         let (mut out_done, mut back_done) = (false, false);
         loop {
             tokio::select! {

@@ -25,7 +25,8 @@ impl Relayed {
         let cancel = CancellationToken::new();
         let (shared, token) = (Arc::clone(&counts), cancel.clone());
         let task = tokio::spawn(async move {
-            relay(tcp::split(near), tcp::split(far), (&shared.0, &shared.1), &token).await
+            let ((mut near, mut near_sink), (mut far, mut far_sink)) = (tcp::split(near), tcp::split(far));
+            relay((&mut near, &mut near_sink), (&mut far, &mut far_sink), (&shared.0, &shared.1), &token).await
         });
         Self { client, server, counts, cancel, task }
     }
