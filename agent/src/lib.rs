@@ -1,3 +1,4 @@
 //! Culvert: mutual TLS for every pod of a node, without a sidecar.
 pub mod model;
+pub mod policy;
 pub mod proto;
