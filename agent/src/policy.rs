@@ -1,7 +1,8 @@
 //! Policy: from the objects that users write to verdicts on connections.
 //!
 //! Enter: `security.istio.io` objects as text ([`objects`]), and connections as a [`Flow`](crate::model::Flow). Leave: compiled
-//! policies ([`compile`]) and verdicts ([`evaluate`]). Pure: no sockets, tasks or clock. Nothing here may widen what a user wrote: what cannot be enforced on
+//! policies ([`compile`]), the modes of a workload's ports ([`peer_authentication`]), verdicts ([`evaluate`]).
+//! Pure: no sockets, tasks or clock. Nothing here may widen what a user wrote: what cannot be enforced on
 //! a TCP connection makes an ALLOW allow less and a DENY deny more, and is reported as a [`Problem`].
 
 use std::fmt;
@@ -10,6 +11,7 @@ pub mod compile;
 pub mod evaluate;
 mod field;
 pub mod objects;
+pub mod peer_authentication;
 
 /// Something in a policy object that does not do what it says. The rest of the object stays in force.
 #[derive(Clone, Debug, PartialEq, Eq)]
