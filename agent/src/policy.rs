@@ -1,14 +1,15 @@
 //! Policy: from the objects that users write to verdicts on connections.
 //!
 //! Enter: `security.istio.io` objects as text ([`objects`]), and connections as a [`Flow`](crate::model::Flow). Leave: compiled
-//! policies ([`compile`]), the modes of a workload's ports ([`peer_authentication`]), verdicts ([`evaluate`]).
-//! Pure: no sockets, tasks or clock. Nothing here may widen what a user wrote: what cannot be enforced on
+//! policies ([`compile`]), the modes of a workload's ports ([`peer_authentication`]), verdicts ([`evaluate`]) and their reasons in
+//! words ([`explain`]). Pure: no sockets, tasks or clock. Nothing here may widen what a user wrote: what cannot be enforced on
 //! a TCP connection makes an ALLOW allow less and a DENY deny more, and is reported as a [`Problem`].
 
 use std::fmt;
 
 pub mod compile;
 pub mod evaluate;
+pub mod explain;
 mod field;
 pub mod objects;
 pub mod peer_authentication;
