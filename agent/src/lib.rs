@@ -2,6 +2,7 @@
 pub mod deliver;
 pub mod identity;
 pub mod model;
+pub mod policy;
 pub mod proto;
 pub mod relay;
 pub mod tunnel;
