@@ -1,7 +1,14 @@
 //! Culvert: mutual TLS for every pod of a node, without a sidecar.
+pub mod cli;
+pub mod config;
+pub mod controller;
 pub mod deliver;
+pub mod discovery;
+pub mod drain;
 pub mod identity;
 pub mod model;
+pub mod node;
+pub mod observe;
 pub mod policy;
 pub mod proto;
 pub mod relay;

@@ -42,7 +42,7 @@ pub enum CloseReason {
 }
 
 impl CloseReason {
-    /// All of them.
+    /// All of them, in the order of their numbers: `ALL[i] as usize == i`.
     pub const ALL: [Self; 17] = [
         Self::Finished,
         Self::SourceReset,
@@ -99,6 +99,16 @@ impl CloseReason {
         matches!(self, Self::Finished | Self::SourceReset | Self::DestinationReset)
     }
 }
+
+const _: () = {
+    let mut i = 0;
+    while i < CloseReason::ALL.len() {
+        assert!(CloseReason::ALL[i] as usize == i, "`ALL` is not in the order of the numbers");
+        i += 1;
+    }
+    // `PodGone` is the last variant: with one added after it, `ALL` must grow as well.
+    assert!(CloseReason::ALL.len() == CloseReason::PodGone as usize + 1);
+};
 
 impl fmt::Display for CloseReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,0 +1,121 @@
+//! `culvert agent`: the arguments, and the runtime that the agent runs in.
+//!
+//! Enters: arguments. Leaves: a checked [`AgentConfig`] for [`crate::node::run`].
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser as _};
+
+use crate::config::{
+    ADMIN_LISTEN, AgentConfig, ConfigError, ControllerAddress, METRICS_LISTEN, READY_LISTEN, parse_duration, parse_listen,
+};
+use crate::observe::log::{self, LogFormat};
+
+/// The arguments of `culvert agent`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = "The environment variable CULVERT_LOG sets what is logged: a level, or directives such as \
+                        info,culvert::tunnel=debug,access=off [default: info].")]
+pub struct AgentArgs {
+    /// This node's name, as the cluster knows it.
+    #[arg(long, value_name = "NAME", env = "CULVERT_NODE")]
+    node: String,
+
+    /// The controller: certificate authority and configuration server.
+    #[arg(long, value_name = "https://HOST:PORT")]
+    controller: ControllerAddress,
+
+    /// PEM file of the roots that vouch for the controller. May appear later; the agent waits for it.
+    #[arg(long, value_name = "FILE")]
+    root_cert: PathBuf,
+
+    /// File with the token that proves this node to the controller. May appear later; the agent waits for it.
+    #[arg(long, value_name = "FILE")]
+    token_file: PathBuf,
+
+    /// Where the container runtime keeps the pods' network namespaces.
+    #[arg(long, value_name = "DIR", default_value = "/run/netns")]
+    netns_dir: PathBuf,
+
+    /// The root of the cgroup v2 tree that holds the pods [default: found from the mounts].
+    #[arg(long, value_name = "PATH")]
+    cgroup_root: Option<PathBuf>,
+
+    /// Where eBPF programs and maps are pinned, on a BPF file system. Agents on one kernel need one each.
+    #[arg(long, value_name = "PATH", default_value = "/sys/fs/bpf/culvert")]
+    bpf_dir: PathBuf,
+
+    /// Where Prometheus metrics are served, at /metrics.
+    #[arg(long, value_name = "ADDR", default_value_t = METRICS_LISTEN, value_parser = parse_listen)]
+    metrics_listen: SocketAddr,
+
+    /// Where readiness is served, at /healthz/ready.
+    #[arg(long, value_name = "ADDR", default_value_t = READY_LISTEN, value_parser = parse_listen)]
+    ready_listen: SocketAddr,
+
+    /// Where the admin interface is served. It has no authentication: keep it on a loopback address.
+    #[arg(long, value_name = "ADDR", default_value_t = ADMIN_LISTEN, value_parser = parse_listen)]
+    admin_listen: SocketAddr,
+
+    /// How log lines are written.
+    #[arg(long, value_name = "FORMAT", default_value_t = LogFormat::Text, value_parser = log_format())]
+    log_format: LogFormat,
+
+    /// Threads that move bytes [default: one for each processor].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    workers: Option<u16>,
+
+    /// How long open connections may go on when the agent is told to stop.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    drain_timeout: Duration,
+}
+
+/// Reads a log format; shared by the roles.
+pub fn log_format() -> impl clap::builder::TypedValueParser<Value = LogFormat> {
+    PossibleValuesParser::new(LogFormat::NAMES).try_map(|name| name.parse::<LogFormat>())
+}
+
+impl AgentArgs {
+    /// The configuration that the arguments say.
+    ///
+    /// # Errors
+    /// [`ConfigError`] when they contradict each other or can't be.
+    pub fn into_config(self) -> Result<AgentConfig, ConfigError> {
+        let processors = || std::thread::available_parallelism().map_or(1, usize::from);
+        AgentConfig {
+            node: self.node,
+            controller: self.controller,
+            root_cert: self.root_cert,
+            token_file: self.token_file,
+            netns_dir: self.netns_dir,
+            cgroup_root: self.cgroup_root,
+            bpf_dir: self.bpf_dir,
+            metrics_listen: self.metrics_listen,
+            ready_listen: self.ready_listen,
+            admin_listen: self.admin_listen,
+            log_format: self.log_format,
+            workers: self.workers.map_or_else(processors, usize::from),
+            drain_timeout: self.drain_timeout,
+        }
+        .validate()
+    }
+}
+
+/// Runs the agent until it is told to stop.
+///
+/// # Errors
+/// A configuration that can't be, or whatever kept the agent from running.
+pub fn run(args: AgentArgs) -> anyhow::Result<()> {
+    let config = args.into_config()?;
+    // Dropped last: what the agent says while it stops still reaches the output.
+    let _log = log::init(config.log_format);
+    if !config.admin_listen.ip().is_loopback() {
+        tracing::warn!(addr = %config.admin_listen, "the admin interface has no authentication and is not on a loopback address");
+    }
+    let runtime = super::runtime(Some(config.workers))?;
+    runtime.block_on(crate::node::run(config))
+}
+
+#[cfg(test)]
+mod tests;

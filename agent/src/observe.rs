@@ -1,0 +1,24 @@
+//! What the agent tells about itself: metrics, access log, diagnostics, readiness and the admin interface.
+//!
+//! Enters: each connection's participants when it opens or fails ([`Observer::open`], [`Observer::fail`]), byte counts while it
+//! runs, the reason when it ends; facts about handshakes, certificates, verdicts and programs ([`Metrics`]); named conditions of
+//! readiness. Leaves: an OpenMetrics page, one log line per connection, JSON for operators, and a readiness answer.
+//!
+//! It must never slow the path of a byte: byte counts are plain atomics that are read when somebody asks, logging drops lines
+//! (and counts them) before it blocks, and everything that is held is bounded.
+
+pub mod access_log;
+pub mod admin;
+pub mod connection;
+pub mod http;
+mod labels;
+pub mod log;
+pub mod metrics;
+pub mod readiness;
+mod traffic;
+
+pub use admin::AdminSources;
+pub use connection::{ByteCounts, ConnectionInfo, Direction, Observer, OpenConnection, Security};
+pub use log::{LogFormat, LogGuard};
+pub use metrics::{Metrics, Side};
+pub use readiness::{Condition, Readiness};

@@ -1,0 +1,115 @@
+use std::sync::atomic::Ordering::Relaxed;
+
+use serde_json::{Value, json};
+
+use super::super::connection::fixtures::{info, stranger};
+use super::super::connection::{ConnectionInfo, Observer};
+use super::super::log::LogFormat;
+use super::super::log::tests::logged;
+use super::*;
+
+fn close(info: ConnectionInfo, reason: CloseReason, detail: Option<&dyn fmt::Display>) {
+    let connection = Observer::new("node-a").open(info);
+    connection.bytes().sent.store(517, Relaxed);
+    connection.bytes().received.store(1_048_576, Relaxed);
+    connection.close(reason, detail);
+}
+
+/// The one line that `act` logs, without what differs from run to run.
+fn json_line(act: impl FnOnce()) -> Value {
+    let text = logged(LogFormat::Json, "info", act);
+    assert_eq!(text.lines().count(), 1, "{text}");
+    let mut value: Value = serde_json::from_str(&text).expect("a JSON object");
+    let object = value.as_object_mut().expect("an object");
+    assert!(object.remove("timestamp").is_some());
+    assert!(object.remove("duration_ms").is_some_and(|duration| duration.is_u64()));
+    value
+}
+
+#[test]
+fn a_tunnelled_connection_is_told_whole() {
+    let expected = json!({
+        "level": "INFO",
+        "target": "access",
+        "message": "connection closed",
+        "src.addr": "10.1.0.1:40000",
+        "src.workload": "cart-0",
+        "src.namespace": "shop",
+        "src.identity": "spiffe://cluster.local/ns/shop/sa/cart",
+        "dst.addr": "10.1.1.2:8080",
+        "dst.original_addr": "10.96.0.7:80",
+        "dst.service": "stock.store.svc.cluster.local",
+        "dst.workload": "stock-0",
+        "dst.namespace": "store",
+        "dst.identity": "spiffe://cluster.local/ns/store/sa/stock",
+        "direction": "outbound",
+        "security": "mutual_tls",
+        "bytes_sent": 517,
+        "bytes_recv": 1_048_576,
+        "reason": "finished",
+    });
+    assert_eq!(json_line(|| close(info(), CloseReason::Finished, None)), expected);
+}
+
+#[test]
+fn what_is_not_known_is_left_out_and_bytes_are_the_pods_own() {
+    let expected = json!({
+        "level": "WARN",
+        "target": "access",
+        "message": "connection closed",
+        "src.addr": "192.0.2.9:50000",
+        "dst.addr": "10.1.1.2:8080",
+        "dst.workload": "stock-0",
+        "dst.namespace": "store",
+        "direction": "inbound",
+        "security": "plaintext",
+        "bytes_sent": 1_048_576,
+        "bytes_recv": 517,
+        "reason": "policy_changed",
+        "detail": "store/deny-all",
+    });
+    assert_eq!(json_line(|| close(stranger(), CloseReason::PolicyChanged, Some(&"store/deny-all"))), expected);
+}
+
+#[test]
+fn a_failed_connection_has_a_line_with_its_error() {
+    let observer = Observer::new("node-a");
+    let line = json_line(|| observer.fail(&info(), CloseReason::PeerNotAuthenticated, &"certificate expired"));
+    assert_eq!(line["message"], "connection failed");
+    assert_eq!(line["level"], "WARN");
+    assert_eq!((&line["reason"], &line["error"]), (&json!("peer_not_authenticated"), &json!("certificate expired")));
+    assert_eq!((&line["bytes_sent"], &line["bytes_recv"]), (&json!(0), &json!(0)));
+}
+
+#[test]
+fn a_text_line_reads_as_key_and_value() {
+    let text = logged(LogFormat::Text, "info", || close(info(), CloseReason::Finished, None));
+    for part in [
+        " INFO access: connection closed src.addr=10.1.0.1:40000 ",
+        r#" src.identity=spiffe://cluster.local/ns/shop/sa/cart "#,
+        r#" direction="outbound" security="mutual_tls" bytes_sent=517 bytes_recv=1048576 "#,
+        r#" reason="finished""#,
+    ] {
+        assert!(text.contains(part), "no `{part}` in {text}");
+    }
+}
+
+#[test]
+fn a_detail_from_a_peer_can_not_add_a_line_or_flood_the_log() {
+    let forged = format!("oops\n2026-01-01 INFO access: forged\u{1b}[31m{}", "x".repeat(10_000));
+    let text = logged(LogFormat::Text, "info", || close(info(), CloseReason::TunnelFailed, Some(&forged)));
+    assert_eq!(text.lines().count(), 1);
+    assert!(!text.contains('\u{1b}') && text.len() < 2_000, "{} bytes", text.len());
+}
+
+#[test]
+fn the_end_of_pod_or_agent_is_no_warning() {
+    for (reason, level) in [
+        (CloseReason::Draining, "INFO"),
+        (CloseReason::PodGone, "INFO"),
+        (CloseReason::SourceReset, "INFO"),
+        (CloseReason::TunnelFailed, "WARN"),
+    ] {
+        assert_eq!(json_line(|| close(info(), reason, None))["level"], level, "{reason}");
+    }
+}

@@ -1,0 +1,75 @@
+//! A connection between two workloads, for tests.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::{ConnectionInfo, Direction, Security};
+use crate::model::{PeerAuthentication, PortMapping, Service, SpiffeId, TunnelProtocol, Workload, WorkloadType};
+
+/// A pod `<name>-0` of the workload `<name>` in `namespace`.
+pub(crate) fn workload(namespace: &str, name: &str, address: &str) -> Workload {
+    let identity = format!("spiffe://cluster.local/ns/{namespace}/sa/{name}");
+    Workload {
+        uid: format!("Kubernetes//Pod/{namespace}/{name}-0").into(),
+        name: format!("{name}-0").into(),
+        identity: identity.parse().expect("a legal identity"),
+        addresses: vec![address.parse().expect("an address")],
+        node: "node-a".into(),
+        protocol: TunnelProtocol::Hbone,
+        host_network: false,
+        healthy: true,
+        workload_name: name.into(),
+        workload_type: WorkloadType::Deployment,
+        canonical_name: name.into(),
+        canonical_revision: "v1".into(),
+        services: BTreeMap::new(),
+        authorization_policies: vec![],
+        peer_authentication: PeerAuthentication::default(),
+    }
+}
+
+/// The service `stock.store`.
+pub(crate) fn service() -> Service {
+    Service {
+        name: "stock".into(),
+        namespace: "store".into(),
+        hostname: "stock.store.svc.cluster.local".into(),
+        addresses: vec!["10.96.0.7".parse().expect("an address")],
+        ports: vec![PortMapping { service_port: 80, target_port: 8080 }],
+        node_local: false,
+    }
+}
+
+/// `cart` in `shop` dials the service `stock` in `store`, through a tunnel; seen at the source.
+pub(crate) fn info() -> ConnectionInfo {
+    let source = workload("shop", "cart", "10.1.0.1");
+    let destination = workload("store", "stock", "10.1.1.2");
+    ConnectionInfo {
+        direction: Direction::Outbound,
+        source_addr: "10.1.0.1:40000".parse().expect("an address"),
+        source_identity: Some(source.identity.clone()),
+        destination_addr: "10.1.1.2:8080".parse().expect("an address"),
+        original_dst: Some("10.96.0.7:80".parse().expect("an address")),
+        destination_identity: Some(destination.identity.clone()),
+        destination_service: Some(Arc::new(service())),
+        security: Security::MutualTls,
+        source: Some(Arc::new(source)),
+        destination: Some(Arc::new(destination)),
+    }
+}
+
+/// A plaintext client that nobody knows, seen at the destination.
+pub(crate) fn stranger() -> ConnectionInfo {
+    let unknown: Option<SpiffeId> = None;
+    ConnectionInfo {
+        direction: Direction::Inbound,
+        source: None,
+        source_addr: "192.0.2.9:50000".parse().expect("an address"),
+        source_identity: unknown.clone(),
+        original_dst: None,
+        destination_identity: unknown,
+        destination_service: None,
+        security: Security::None,
+        ..info()
+    }
+}

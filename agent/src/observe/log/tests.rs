@@ -1,0 +1,127 @@
+use std::io::Write;
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
+
+use super::*;
+
+/// Collects lines.
+#[derive(Clone, Default)]
+pub(crate) struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl Lines {
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8(self.0.lock().expect("no panic").clone()).expect("UTF-8")
+    }
+}
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().expect("no panic").extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl MakeWriter<'_> for Lines {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}
+
+/// What is logged during `act`.
+pub(crate) fn logged(format: LogFormat, filter: &str, act: impl FnOnce()) -> String {
+    let lines = Lines::default();
+    let filter = parse_filter(filter).expect("a filter");
+    tracing::subscriber::with_default(subscriber(format, lines.clone(), filter, false), act);
+    lines.text()
+}
+
+#[test]
+fn a_json_line_is_one_object_with_the_fields_as_keys() {
+    let line =
+        logged(LogFormat::Json, "info", || tracing::info!(target: "unit", { src.addr = "10.0.0.1:1", count = 3 }, "hello"));
+    let value: serde_json::Value = serde_json::from_str(&line).expect("one JSON object");
+    assert_eq!((&value["src.addr"], &value["count"]), (&"10.0.0.1:1".into(), &3.into()));
+    assert_eq!((&value["message"], &value["target"], &value["level"]), (&"hello".into(), &"unit".into(), &"INFO".into()));
+}
+
+#[test]
+fn a_text_line_has_no_terminal_codes() {
+    let line = logged(LogFormat::Text, "info", || tracing::warn!(target: "unit", count = 3, "hello"));
+    assert!(line.ends_with("WARN unit: hello count=3\n"), "{line:?}");
+    assert!(!line.contains('\u{1b}'));
+}
+
+#[test]
+fn filters_pass_what_they_say() {
+    let act = || {
+        tracing::debug!(target: "culvert::tunnel", "ours");
+        tracing::debug!(target: "h2::codec", "theirs");
+        tracing::info!(target: "access", "line");
+    };
+    let check = |filter: &str, expected: [bool; 3]| {
+        let text = logged(LogFormat::Text, filter, act);
+        assert_eq!(["ours", "theirs", "line"].map(|word| text.contains(word)), expected, "{filter}");
+    };
+    check("info", [false, false, true]);
+    check("debug", [true, false, true]);
+    check("info,culvert::tunnel=debug", [true, false, true]);
+    check("info,h2=debug", [false, true, true]);
+    check("info,access=off", [false, false, false]);
+    check("off", [false, false, false]);
+}
+
+#[test]
+fn a_word_that_is_no_level_is_refused() {
+    for filter in ["verbose", "", "info,nonsense", "culvert=loud", "info,"] {
+        assert!(parse_filter(filter).is_err(), "{filter:?} was taken");
+    }
+    let error = parse_filter("verbose").expect_err("no level").to_string();
+    assert!(error.starts_with("`verbose` is not a log level"), "{error}");
+}
+
+#[test]
+fn formats_have_names() {
+    for name in LogFormat::NAMES {
+        assert_eq!(name.parse::<LogFormat>().expect("a format").to_string(), name);
+    }
+    assert!("xml".parse::<LogFormat>().is_err());
+}
+
+/// An output that takes nothing until it is released.
+struct Stuck {
+    entered: mpsc::Sender<()>,
+    release: mpsc::Receiver<()>,
+}
+
+impl Write for Stuck {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.entered.send(()).map_err(|_gone| io::ErrorKind::BrokenPipe)?;
+        self.release.recv().map_err(|_gone| io::ErrorKind::BrokenPipe)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_stuck_output_drops_and_counts_lines_and_blocks_nobody() {
+    let (entered, entries) = mpsc::channel();
+    let (release, released) = mpsc::channel();
+    let (mut writer, guard, dropped) = non_blocking(Stuck { entered, release: released }, 4);
+    writer.write_all(b"first\n").expect("queued");
+    entries.recv().expect("the first line is being written");
+    for _ in 0..10 {
+        writer.write_all(b"line\n").expect("never blocks");
+    }
+    assert_eq!(dropped.dropped_lines(), 6);
+    drop(release);
+    drop(guard);
+}
