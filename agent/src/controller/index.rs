@@ -1,0 +1,425 @@
+//! Cluster objects into the mesh's resources, step by step: what depends on a changed object is worked out anew, and no more.
+//!
+//! Enters: [`Change`]s, in order. Leaves: an [`Update`] with the resources that may have changed, who runs where, and what the
+//! operator should know. Pure: no I/O, no clock. Objects that contradict each other never break it, and never lend one workload
+//! another's address or identity.
+
+mod endpoints;
+mod pod;
+mod policies;
+mod resource;
+mod service;
+#[cfg(test)]
+mod tests;
+mod workload;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use tracing::debug;
+
+use self::endpoints::{Slice, Slices, Target};
+use self::pod::{PodRecord, enrolment};
+use self::policies::Policies;
+pub use self::resource::{Resource, ResourceKind};
+use self::service::ServiceRecord;
+use super::source::{Change, Kind, Object, ObjectKey};
+use crate::model::{SpiffeId, TrustDomain};
+
+/// Mesh-wide settings, fixed while the controller runs.
+#[derive(Clone, Debug)]
+pub struct MeshSettings {
+    /// The mesh's trust domain.
+    pub trust_domain: TrustDomain,
+    /// Policies of this namespace apply to the whole mesh.
+    pub root_namespace: String,
+    /// The domain that services' names end in.
+    pub cluster_domain: String,
+    /// Deny what no ALLOW policy covers.
+    pub default_deny: bool,
+}
+
+/// What a batch of changes led to.
+#[derive(Debug, Default)]
+pub struct Update {
+    /// Resources that are new, changed, or perhaps still the same; none for one that is not there (any more).
+    pub resources: Vec<(ResourceKind, Arc<str>, Option<Resource>)>,
+    /// The nodes that exist, if that changed.
+    pub nodes: Option<BTreeSet<String>>,
+    /// Who may ask for which identity.
+    pub residents: Residents,
+    /// Messages for the operator, each said once.
+    pub warnings: Vec<String>,
+}
+
+/// The identities of the enrolled pods of each node. Cheap to copy.
+#[derive(Clone, Debug, Default)]
+pub struct Residents(imbl::HashMap<(Arc<str>, SpiffeId), u32>);
+
+/// A namespaced object's name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct ObjectName {
+    namespace: Arc<str>,
+    name: Arc<str>,
+}
+
+/// All that is known of the cluster.
+#[derive(Debug)]
+pub struct Index {
+    settings: MeshSettings,
+    namespaces: HashMap<Arc<str>, bool>,
+    pods: BTreeMap<ObjectName, PodRecord>,
+    claims: HashMap<IpAddr, BTreeSet<ObjectName>>,
+    accounts: BTreeSet<ObjectName>,
+    services: BTreeMap<ObjectName, ServiceRecord>,
+    slices: Slices,
+    policies: Policies,
+    nodes: BTreeMap<String, Vec<IpNet>>,
+    residents: Residents,
+    residence: HashMap<ObjectName, (Arc<str>, SpiffeId)>,
+    conflicts: BTreeSet<(ObjectName, ObjectName)>,
+    stale: Stale,
+}
+
+/// What the changes of one batch touch.
+#[derive(Debug)]
+struct Stale {
+    pods: BTreeSet<ObjectName>,
+    services: BTreeSet<ObjectName>,
+    policies: BTreeSet<ObjectName>,
+    modes: bool,
+    mesh: bool,
+    nodes: bool,
+}
+
+impl Index {
+    /// An index that knows nothing yet. Its first [`Index::apply`] gives the mesh's settings, too.
+    #[must_use]
+    pub fn new(settings: MeshSettings) -> Self {
+        Self {
+            policies: Policies::new(&settings),
+            settings,
+            namespaces: HashMap::new(),
+            pods: BTreeMap::new(),
+            claims: HashMap::new(),
+            accounts: BTreeSet::new(),
+            services: BTreeMap::new(),
+            slices: Slices::default(),
+            nodes: BTreeMap::new(),
+            residents: Residents::default(),
+            residence: HashMap::new(),
+            conflicts: BTreeSet::new(),
+            stale: Stale { mesh: true, nodes: true, ..Stale::none() },
+        }
+    }
+
+    /// How many objects are known that the mesh is made of: nodes, pods and services.
+    #[must_use]
+    pub fn objects(&self) -> usize {
+        self.nodes.len() + self.pods.len() + self.services.len()
+    }
+
+    /// Applies changes in order, and works out what they lead to.
+    pub fn apply(&mut self, changes: &[Change]) -> Update {
+        let mut update = Update::default();
+        for change in changes {
+            match change {
+                Change::Applied { object, origin } => self.apply_object(object, origin, &mut update.warnings),
+                Change::Removed(key) => self.remove_object(key),
+            }
+        }
+        let stale = std::mem::replace(&mut self.stale, Stale::none());
+        if stale.modes {
+            update.warnings.extend(self.policies.arrange());
+        }
+        for name in &stale.policies {
+            let authorization = self.policies.authorization(name);
+            let resource = authorization.map(resource::authorization);
+            update.resources.push((ResourceKind::Authorization, name.to_string().into(), resource));
+        }
+        for name in &stale.services {
+            let resource = self.services.get(name).map(|service| service.resource(name));
+            update.resources.push((ResourceKind::Address, self.service_key(name), resource));
+        }
+        for name in &stale.pods {
+            self.settle_residence(name);
+            self.note_conflicts(name, &mut update.warnings);
+            update.resources.push((ResourceKind::Address, resource::uid(name), self.workload(name)));
+        }
+        if stale.mesh {
+            update.resources.push((ResourceKind::Mesh, "mesh".into(), Some(self.mesh())));
+        }
+        update.nodes = stale.nodes.then(|| self.nodes.keys().cloned().collect());
+        update.residents = self.residents.clone();
+        update
+    }
+
+    fn apply_object(&mut self, object: &Object, origin: &str, warnings: &mut Vec<String>) {
+        let key = object.key();
+        let name = ObjectName::of(&key);
+        match object {
+            Object::Node(node) => self.set_node(key.name, Some(pod::node_ranges(node))),
+            Object::Namespace(namespace) => {
+                let enrolled = namespace.metadata.labels.as_ref().and_then(enrolment).unwrap_or(false);
+                self.set_namespace(&name.name, enrolled);
+            }
+            Object::Pod(pod) => self.set_pod(name, Some(PodRecord::of(pod))),
+            Object::ServiceAccount(_) => drop(self.accounts.insert(name)),
+            Object::Service(service) => {
+                let record = ServiceRecord::of(service, &name, &self.settings.cluster_domain);
+                self.set_service(name, record);
+            }
+            Object::EndpointSlice(slice) => self.set_slice(&name, Slice::of(slice, &name)),
+            Object::PeerAuthentication(policy) => {
+                warnings.extend(self.policies.problems(policy).iter().map(|problem| format!("{origin}: {key}: {problem}")));
+                let namespace = self.policies.set_peer_authentication(&name, Some((**policy).clone()));
+                self.touch_namespace(namespace);
+                self.stale.modes = true;
+            }
+            Object::AuthorizationPolicy(policy) => match self.policies.compile(policy) {
+                Ok(compiled) => {
+                    warnings.extend(compiled.problems.iter().map(|problem| format!("{origin}: {key}: {problem}")));
+                    self.set_authorization(name, Some(compiled));
+                }
+                // Sources check policies before they hand them on; what was in force stays so.
+                Err(error) => warnings.push(format!("{origin}: {key}: {error}")),
+            },
+        }
+    }
+
+    fn remove_object(&mut self, key: &ObjectKey) {
+        let name = ObjectName::of(key);
+        match key.kind {
+            Kind::Node => self.set_node(key.name.clone(), None),
+            Kind::Namespace => self.set_namespace(&name.name, false),
+            Kind::Pod => self.set_pod(name, None),
+            Kind::ServiceAccount => drop(self.accounts.remove(&name)),
+            Kind::Service => self.set_service(name, None),
+            Kind::EndpointSlice => self.set_slice(&name, None),
+            Kind::PeerAuthentication => {
+                let namespace = self.policies.set_peer_authentication(&name, None);
+                self.touch_namespace(namespace);
+                self.stale.modes = true;
+            }
+            Kind::AuthorizationPolicy => self.set_authorization(name, None),
+        }
+    }
+
+    fn set_node(&mut self, name: String, ranges: Option<Vec<IpNet>>) {
+        self.stale.nodes |= self.nodes.contains_key(&name) != ranges.is_some();
+        let before = match ranges.clone() {
+            Some(ranges) => self.nodes.insert(name, ranges),
+            None => self.nodes.remove(&name),
+        };
+        self.stale.mesh |= before.unwrap_or_default() != ranges.unwrap_or_default();
+    }
+
+    fn set_namespace(&mut self, name: &Arc<str>, enrolled: bool) {
+        let before = self.namespaces.insert(Arc::clone(name), enrolled).unwrap_or(false);
+        if !enrolled {
+            self.namespaces.remove(name);
+        }
+        if before != enrolled {
+            self.touch_namespace(Some(Arc::clone(name)));
+        }
+    }
+
+    fn set_pod(&mut self, name: ObjectName, record: Option<PodRecord>) {
+        let before = match record.clone() {
+            Some(record) => self.pods.insert(name.clone(), record),
+            None => self.pods.remove(&name),
+        };
+        for address in before.iter().flat_map(PodRecord::claimed) {
+            self.touch_claimants(*address);
+            if let Some(claimants) = self.claims.get_mut(address) {
+                claimants.remove(&name);
+                if claimants.is_empty() {
+                    self.claims.remove(address);
+                }
+            }
+        }
+        for address in record.iter().flat_map(PodRecord::claimed) {
+            self.touch_claimants(*address);
+            self.claims.entry(*address).or_default().insert(name.clone());
+        }
+        self.stale.pods.insert(name);
+    }
+
+    fn set_service(&mut self, name: ObjectName, record: Option<ServiceRecord>) {
+        let before = match record.clone() {
+            Some(record) => self.services.insert(name.clone(), record),
+            None => self.services.remove(&name),
+        };
+        for record in before.iter().chain(&record) {
+            self.touch_selected(&name, record);
+        }
+        self.touch_targets(self.slices.targets_of(&name));
+        self.stale.services.insert(name);
+    }
+
+    fn set_slice(&mut self, name: &ObjectName, slice: Option<Slice>) {
+        let services: BTreeSet<_> = self
+            .slices
+            .get(name)
+            .into_iter()
+            .chain(&slice)
+            .map(|slice| (slice.service.clone(), self.slices.serves(&slice.service)))
+            .collect();
+        let targets = self.slices.set(name, slice);
+        self.touch_targets(targets);
+        for (service, served) in services {
+            // With its first slice a service's selector no longer counts, and with its last one gone it counts again.
+            if self.slices.serves(&service) != served
+                && let Some(record) = self.services.get(&service).cloned()
+            {
+                self.touch_selected(&service, &record);
+            }
+        }
+    }
+
+    fn set_authorization(&mut self, name: ObjectName, compiled: Option<policies::Compiled>) {
+        for (namespace, selector) in self.policies.set_authorization(&name, compiled) {
+            let selected = self.pods_in(namespace.as_ref()).filter(|(_, pod)| service::selects(&selector, &pod.labels));
+            let selected: Vec<_> = selected.map(|(name, _)| name.clone()).collect();
+            self.stale.pods.extend(selected);
+        }
+        self.stale.policies.insert(name);
+    }
+
+    /// The pods of a namespace, or of all.
+    fn pods_in(&self, namespace: Option<&Arc<str>>) -> impl Iterator<Item = (&ObjectName, &PodRecord)> {
+        let first = namespace.map(|namespace| ObjectName { namespace: Arc::clone(namespace), name: "".into() });
+        let range = match first {
+            Some(first) => self.pods.range(first..),
+            None => self.pods.range::<ObjectName, _>(..),
+        };
+        range.take_while(move |(name, _)| namespace.is_none_or(|namespace| name.namespace == *namespace))
+    }
+
+    fn touch_namespace(&mut self, namespace: Option<Arc<str>>) {
+        let names: Vec<_> = self.pods_in(namespace.as_ref()).map(|(name, _)| name.clone()).collect();
+        self.stale.pods.extend(names);
+    }
+
+    fn touch_selected(&mut self, service: &ObjectName, record: &ServiceRecord) {
+        if record.selector.is_empty() {
+            return;
+        }
+        let selected = self.pods_in(Some(&service.namespace)).filter(|(_, pod)| service::selects(&record.selector, &pod.labels));
+        let selected: Vec<_> = selected.map(|(name, _)| name.clone()).collect();
+        self.stale.pods.extend(selected);
+    }
+
+    fn touch_targets(&mut self, targets: BTreeSet<Target>) {
+        for target in targets {
+            match target {
+                Target::Pod(name) if self.pods.contains_key(&name) => drop(self.stale.pods.insert(name)),
+                Target::Pod(name) => debug!(pod = %name, "an endpoint is no known pod"),
+                Target::Address(address) if self.claims.contains_key(&address) => self.touch_claimants(address),
+                Target::Address(address) => debug!(%address, "an endpoint is the address of no known pod"),
+            }
+        }
+    }
+
+    fn touch_claimants(&mut self, address: IpAddr) {
+        self.stale.pods.extend(self.claims.get(&address).into_iter().flatten().cloned());
+    }
+
+    /// The pod that has this address: of several, the oldest.
+    fn owner(&self, address: IpAddr) -> Option<&ObjectName> {
+        let claimants = self.claims.get(&address)?;
+        // A pod that does not say when it was made counts as the newest.
+        claimants.iter().min_by_key(|name| {
+            let created = self.pods.get(*name).and_then(|pod| pod.created);
+            (created.is_none(), created, *name)
+        })
+    }
+
+    /// Whether pods of this record's kind are in the mesh.
+    fn enrolled(&self, name: &ObjectName, pod: &PodRecord) -> bool {
+        let namespace = || self.namespaces.get(&name.namespace).copied().unwrap_or(false);
+        pod.live && !pod.host_network && pod.enrolment.unwrap_or_else(namespace)
+    }
+
+    fn settle_residence(&mut self, name: &ObjectName) {
+        let now = self.pods.get(name).filter(|pod| self.enrolled(name, pod)).and_then(|pod| {
+            let trust_domain = self.settings.trust_domain.clone();
+            Some((Arc::clone(&pod.node), SpiffeId::new(trust_domain, &name.namespace, &pod.service_account).ok()?))
+        });
+        if self.residence.get(name) == now.as_ref() {
+            return;
+        }
+        let before = match now.clone() {
+            Some(now) => self.residence.insert(name.clone(), now),
+            None => self.residence.remove(name),
+        };
+        if let Some(now) = now {
+            let account = ObjectName { namespace: Arc::clone(&name.namespace), name: now.1.service_account().into() };
+            if !self.accounts.contains(&account) && &*account.name != "default" {
+                debug!(pod = %name, %account, "the pod's service account is not known");
+            }
+            *self.residents.0.entry(now).or_insert(0) += 1;
+        }
+        if let Some(before) = before {
+            match self.residents.0.get_mut(&before) {
+                Some(count) if *count > 1 => *count -= 1,
+                _ => drop(self.residents.0.remove(&before)),
+            }
+        }
+    }
+
+    /// Warns of pods with one address, once, and forgets conflicts that are over.
+    fn note_conflicts(&mut self, name: &ObjectName, warnings: &mut Vec<String>) {
+        let mut winners = BTreeMap::new();
+        for address in self.pods.get(name).into_iter().flat_map(PodRecord::claimed) {
+            if let Some(owner) = self.owner(*address).filter(|owner| *owner != name) {
+                winners.insert(owner.clone(), *address);
+            }
+        }
+        self.conflicts.retain(|(loser, winner)| loser != name || winners.contains_key(winner));
+        for (winner, address) in winners {
+            if self.conflicts.insert((name.clone(), winner.clone())) {
+                warnings.push(format!(
+                    "pods {winner} and {name} both have the address {address}: {winner} is older and keeps it, {name} is not served; \
+                     correct status.podIPs of one of them"
+                ));
+            }
+        }
+    }
+}
+
+impl Residents {
+    /// Whether an enrolled pod on `node` has this identity.
+    #[must_use]
+    pub fn contains(&self, node: &str, identity: &SpiffeId) -> bool {
+        self.0.contains_key(&(Arc::from(node), identity.clone()))
+    }
+}
+
+impl Stale {
+    fn none() -> Self {
+        Self {
+            pods: BTreeSet::new(),
+            services: BTreeSet::new(),
+            policies: BTreeSet::new(),
+            modes: false,
+            mesh: false,
+            nodes: false,
+        }
+    }
+}
+
+impl ObjectName {
+    fn of(key: &ObjectKey) -> Self {
+        Self { namespace: key.namespace.as_str().into(), name: key.name.as_str().into() }
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}

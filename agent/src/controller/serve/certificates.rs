@@ -1,0 +1,72 @@
+//! Certificates for the workloads of the node that asks.
+
+use std::time::{Duration, SystemTime};
+
+use prost_types::value::Kind;
+use tonic::{Request, Response, Status};
+use tracing::{debug, error};
+
+use super::Shared;
+use crate::controller::authority::SignError;
+use crate::model::SpiffeId;
+use crate::proto::ca::istio_certificate_service_server::IstioCertificateService;
+use crate::proto::ca::{IstioCertificateRequest, IstioCertificateResponse};
+
+/// The certificate service.
+pub(super) struct Certificates(pub(super) Shared);
+
+#[tonic::async_trait]
+impl IstioCertificateService for Certificates {
+    async fn create_certificate(
+        &self,
+        request: Request<IstioCertificateRequest>,
+    ) -> Result<Response<IstioCertificateResponse>, Status> {
+        let node = self.0.node_of(&request)?;
+        let request = request.into_inner();
+        let identity = identity_of(&request)?;
+        self.authorize(&node, &identity).await?;
+        let asked = u64::try_from(request.validity_duration).ok().map(Duration::from_secs);
+        let chain = self.0.authority.sign(&request.csr, &identity, asked, SystemTime::now()).map_err(refusal)?;
+        debug!(%node, %identity, "signed a certificate");
+        Ok(Response::new(IstioCertificateResponse { cert_chain: chain.pem }))
+    }
+}
+
+impl Certificates {
+    /// Lets a node act for the enrolled pods that run on it, and for no others.
+    async fn authorize(&self, node: &str, identity: &SpiffeId) -> Result<(), Status> {
+        let resident = || self.0.states.borrow().residents().contains(node, identity);
+        if resident() {
+            return Ok(());
+        }
+        // The pod may have been written a moment ago.
+        self.0.barrier.pass().await;
+        if resident() {
+            return Ok(());
+        }
+        debug!(node, %identity, "refused a certificate");
+        Err(Status::permission_denied(format!("{identity} is not the identity of an enrolled pod on node {node}")))
+    }
+}
+
+fn identity_of(request: &IstioCertificateRequest) -> Result<SpiffeId, Status> {
+    let value = request.metadata.as_ref().and_then(|metadata| metadata.fields.get("ImpersonatedIdentity"));
+    match value.and_then(|value| value.kind.as_ref()) {
+        Some(Kind::StringValue(text)) => text.parse().map_err(|error| Status::invalid_argument(format!("{error}"))),
+        _ => Err(Status::invalid_argument(
+            "metadata.ImpersonatedIdentity is missing: it must be the SPIFFE ID that the certificate is for",
+        )),
+    }
+}
+
+fn refusal(failure: SignError) -> Status {
+    match failure {
+        SignError::TooLarge(_) | SignError::Form | SignError::ProofOfPossession | SignError::Key => {
+            Status::invalid_argument(failure.to_string())
+        }
+        SignError::RootExpired(_) | SignError::Assemble(_) | SignError::Random => {
+            error!("cannot sign: {failure}");
+            Status::internal(failure.to_string())
+        }
+    }
+}

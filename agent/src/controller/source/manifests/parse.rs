@@ -1,0 +1,227 @@
+//! A manifest file's bytes into objects.
+//!
+//! Enters: the content of one file. Leaves: each document's object, or what is wrong with it. YAML takes the road that
+//! Kubernetes' own tools take: through JSON, keys as text. Objects of other kinds are passed over.
+
+use std::fmt;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use tracing::debug;
+
+use crate::controller::source::object::{FieldError, Kind, Object};
+use crate::policy::compile::MeshContext;
+
+/// The largest manifest file read, in bytes.
+pub(super) const MAX_FILE: u64 = 32 * 1024 * 1024;
+
+/// A document or list item of a file.
+#[derive(Debug)]
+pub(super) struct Item {
+    /// Where in the file it is.
+    pub(super) place: Place,
+    /// The object, with a digest of its content; or why it cannot be used.
+    pub(super) object: Result<(Object, [u8; 32]), ItemError>,
+}
+
+/// Where in a file an object is, counted from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) document: usize,
+    pub(super) item: Option<usize>,
+}
+
+/// Why a whole file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum FileError {
+    #[error("is not UTF-8 text: byte {0} is not part of a character")]
+    Encoding(usize),
+    #[error("document {document} is not YAML: {source}")]
+    Yaml { document: usize, source: serde_yaml_ng::Error },
+    #[error("is not JSON: {0}")]
+    Json(#[from] serde_json::Error),
+    #[error("document {document}: {problem}")]
+    Value { document: usize, problem: &'static str },
+}
+
+/// Why an object cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{subject}: {error}")]
+pub(super) struct ItemError {
+    /// Kind and name, as far as they are known.
+    subject: String,
+    error: FieldError,
+}
+
+/// Reads all objects of a file. Documents that hold nothing, and kinds that are no part of the mesh, leave no item.
+pub(super) fn parse(path: &Path, content: &[u8], mesh: &MeshContext) -> Result<Vec<Item>, FileError> {
+    let text = std::str::from_utf8(content).map_err(|error| FileError::Encoding(error.valid_up_to()))?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let mut items = Vec::new();
+    if path.extension().is_some_and(|extension| extension == "json") {
+        if !text.trim().is_empty() {
+            document(1, serde_json::from_str(text)?, mesh, &mut items);
+        }
+        return Ok(items);
+    }
+    for (index, deserializer) in serde_yaml_ng::Deserializer::from_str(text).enumerate() {
+        let number = index + 1;
+        let yaml = |source| FileError::Yaml { document: number, source };
+        let mut value = serde_yaml_ng::Value::deserialize(deserializer).map_err(yaml)?;
+        value.apply_merge().map_err(yaml)?;
+        let value = json_of(value).map_err(|problem| FileError::Value { document: number, problem })?;
+        document(number, value, mesh, &mut items);
+    }
+    Ok(items)
+}
+
+fn document(document: usize, value: Value, mesh: &MeshContext, items: &mut Vec<Item>) {
+    let mut push = |place: Place, value: Value| {
+        let found = object_of(value, mesh).transpose();
+        items.extend(found.map(|object| Item { place, object }));
+    };
+    match value {
+        Value::Null => {}
+        Value::Object(mut list) if list.get("kind").and_then(Value::as_str) == Some("List") => {
+            let Some(Value::Array(members)) = list.remove("items") else { return };
+            for (index, value) in members.into_iter().enumerate() {
+                push(Place { document, item: Some(index + 1) }, value);
+            }
+        }
+        value => push(Place { document, item: None }, value),
+    }
+}
+
+/// The object that a document holds; none when it is of a kind that is no part of the mesh.
+fn object_of(value: Value, mesh: &MeshContext) -> Result<Option<(Object, [u8; 32])>, ItemError> {
+    let unknown = |path: &str, problem: String| ItemError {
+        subject: subject(&value),
+        error: FieldError { path: path.to_owned(), problem },
+    };
+    if !value.is_object() {
+        return Err(unknown("document", format!("is {}, not a Kubernetes object", shape(&value))));
+    }
+    let Some(kind) = value.get("kind").and_then(Value::as_str) else {
+        return Err(unknown("kind", "is missing: every object names its kind, such as `kind: Pod`".to_owned()));
+    };
+    let Some(api_version) = value.get("apiVersion").and_then(Value::as_str) else {
+        return Err(unknown("apiVersion", "is missing: every object names it, such as `apiVersion: v1`".to_owned()));
+    };
+    let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+    let known = Kind::ALL.into_iter().find(|known| known.as_str() == kind && known.group_versions().0 == group);
+    let Some(known) = known else {
+        debug!(kind, api_version, "not a kind that the mesh is made of: skipped");
+        return Ok(None);
+    };
+    let versions = known.group_versions().1;
+    if !versions.contains(&version) {
+        let served = versions.iter().map(|version| format!("{group}/{version}")).collect::<Vec<_>>().join(" or ");
+        return Err(unknown(
+            "apiVersion",
+            format!("`{api_version}` is not served for {kind}: use {}", served.trim_start_matches('/')),
+        ));
+    }
+    let policy = matches!(known, Kind::PeerAuthentication | Kind::AuthorizationPolicy);
+    let fields = ["apiVersion", "kind", "metadata", "spec", "status"];
+    let stray = value.as_object().and_then(|object| object.keys().find(|key| policy && !fields.contains(&key.as_str())));
+    if let Some(stray) = stray {
+        return Err(unknown(stray, format!("is not a field of {kind}: it has {}", fields.join(", "))));
+    }
+    let digest = digest_of(&value);
+    let subject = subject(&value);
+    typed(known, value)
+        .and_then(|object| object.check(mesh).map(|()| Some((object, digest))))
+        .map_err(|error| ItemError { subject, error })
+}
+
+fn typed(kind: Kind, value: Value) -> Result<Object, FieldError> {
+    Ok(match kind {
+        Kind::Node => Object::Node(deserialize(value)?),
+        Kind::Namespace => Object::Namespace(deserialize(value)?),
+        Kind::Pod => Object::Pod(deserialize(value)?),
+        Kind::ServiceAccount => Object::ServiceAccount(deserialize(value)?),
+        Kind::Service => Object::Service(deserialize(value)?),
+        Kind::EndpointSlice => Object::EndpointSlice(deserialize(value)?),
+        Kind::PeerAuthentication => Object::PeerAuthentication(deserialize(value)?),
+        Kind::AuthorizationPolicy => Object::AuthorizationPolicy(deserialize(value)?),
+    })
+}
+
+fn deserialize<T: DeserializeOwned>(value: Value) -> Result<Box<T>, FieldError> {
+    serde_path_to_error::deserialize(value).map(Box::new).map_err(|error| {
+        let path = error.path().to_string();
+        let path = if path == "." { "object".to_owned() } else { path };
+        FieldError { path, problem: error.into_inner().to_string() }
+    })
+}
+
+fn digest_of(value: &Value) -> [u8; 32] {
+    let mut digest = [0; 32];
+    let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, value.to_string().as_bytes());
+    digest.copy_from_slice(hash.as_ref());
+    digest
+}
+
+/// Kind and name of an object that may lack either.
+fn subject(value: &Value) -> String {
+    let text = |pointer| value.pointer(pointer).and_then(Value::as_str);
+    let kind = text("/kind").unwrap_or("object");
+    match (text("/metadata/namespace"), text("/metadata/name")) {
+        (Some(namespace), Some(name)) => format!("{kind} {namespace}/{name}"),
+        (None, Some(name)) => format!("{kind} {name}"),
+        (_, None) => format!("{kind} without a name"),
+    }
+}
+
+fn shape(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "nothing",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "a mapping",
+    }
+}
+
+/// YAML as JSON: keys that are numbers or booleans become text, as Kubernetes' tools do it.
+fn json_of(value: serde_yaml_ng::Value) -> Result<Value, &'static str> {
+    use serde_yaml_ng::Value as Yaml;
+    Ok(match value {
+        Yaml::Null => Value::Null,
+        Yaml::Bool(value) => Value::Bool(value),
+        Yaml::Number(number) => {
+            let integer = number.as_i64().map(Value::from).or_else(|| number.as_u64().map(Value::from));
+            let number = integer.or_else(|| number.as_f64().and_then(serde_json::Number::from_f64).map(Value::Number));
+            number.ok_or("`.nan` and `.inf` have no meaning in an object")?
+        }
+        Yaml::String(text) => Value::String(text),
+        Yaml::Sequence(items) => Value::Array(items.into_iter().map(json_of).collect::<Result<_, _>>()?),
+        Yaml::Mapping(mapping) => {
+            let mut object = Map::new();
+            for (key, value) in mapping {
+                let key = match json_of(key)? {
+                    Value::String(key) => key,
+                    key @ (Value::Number(_) | Value::Bool(_)) => key.to_string(),
+                    Value::Null | Value::Array(_) | Value::Object(_) => return Err("a key is neither a text nor a number"),
+                };
+                if object.insert(key, json_of(value)?).is_some() {
+                    return Err("a key occurs twice in one mapping");
+                }
+            }
+            Value::Object(object)
+        }
+        Yaml::Tagged(_) => return Err("YAML tags (`!...`) have no meaning in an object"),
+    })
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.item {
+            Some(item) => write!(f, "document {}, item {item}", self.document),
+            None => write!(f, "document {}", self.document),
+        }
+    }
+}
