@@ -107,6 +107,12 @@ impl Drain {
         self.started.is_cancelled()
     }
 
+    /// The token of "end now", for what takes a token.
+    #[must_use]
+    pub fn forced_token(&self) -> &CancellationToken {
+        &self.forced
+    }
+
     /// The token of "take nothing new", for what takes a token.
     #[must_use]
     pub fn token(&self) -> &CancellationToken {

@@ -18,21 +18,20 @@ use std::time::{Duration, Instant};
 use rand::Rng as _;
 use rustls::ServerConfig;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use crate::capture::listener::{self, Captured};
-use crate::capture::netns::DELIVERY_MARK;
-use crate::capture::{LocalPod, destroy};
+use crate::capture::{Accepted, DELIVERY_MARK, Listener, LocalPod, destroy_inbound};
 use crate::deliver::{DeliverError, connect};
 use crate::drain::Drain;
 use crate::identity::SvidStore;
 use crate::model::{CloseReason, Flow, Mode, PeerAddr, Snapshot, SpiffeId, Verdict, Workload};
-use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection};
+use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Side};
 use crate::policy::evaluate::evaluate;
 use crate::policy::explain::explain;
 use crate::relay::{End, Sink, Source, relay, tcp};
+use crate::serve::{Permits, serve};
 use crate::tunnel::accept::Form;
 use crate::tunnel::{ALPN, TunnelError, accept, tls};
 
@@ -78,21 +77,29 @@ impl Inbound {
     }
 
     /// Serves the tunnels that peers open to `pod`, until the pod leaves the mesh or the agent stops.
-    pub async fn serve_tunnels(self: Arc<Self>, pod: Arc<LocalPod>, listener: TcpListener) {
-        listener::serve(listener, &pod.gone, &self.drain, |accepted| {
+    pub async fn serve_tunnels(self: Arc<Self>, pod: Arc<LocalPod>, listener: Listener, permits: Permits) {
+        let handle = |accepted| {
             let (inbound, pod) = (Arc::clone(&self), Arc::clone(&pod));
             async move { inbound.tunnel(pod, accepted).await }
-        })
-        .await;
+        };
+        let overloaded = |accepted: &Accepted| self.overloaded(&pod, accepted);
+        serve(listener, Arc::clone(&pod), self.drain.clone(), permits, handle, overloaded).await;
     }
 
     /// Serves the plaintext connections to `pod` that the kernel would not rule on alone.
-    pub async fn serve_plaintext(self: Arc<Self>, pod: Arc<LocalPod>, listener: TcpListener) {
-        listener::serve(listener, &pod.gone, &self.drain, |accepted| {
+    pub async fn serve_plaintext(self: Arc<Self>, pod: Arc<LocalPod>, listener: Listener, permits: Permits) {
+        let handle = |accepted| {
             let (inbound, pod) = (Arc::clone(&self), Arc::clone(&pod));
             async move { inbound.plaintext(&pod, accepted).await }
-        })
-        .await;
+        };
+        let overloaded = |accepted: &Accepted| self.overloaded(&pod, accepted);
+        serve(listener, Arc::clone(&pod), self.drain.clone(), permits, handle, overloaded).await;
+    }
+
+    /// The state of the mesh that connections are judged by now.
+    #[must_use]
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        Arc::clone(&self.snapshots.borrow())
     }
 
     /// Closes those of the pod's open connections that its modes and policies deny now, also those that the kernel let through.
@@ -106,7 +113,7 @@ impl Inbound {
                 || !evaluate(flow, &policies, &missing, snapshot.default_deny()).verdict.allowed()
         };
         let mut closed = self.open.close_denied(&workload.uid, denied);
-        let direct = destroy::destroy_inbound(&pod.netns, |source, destination| {
+        let direct = destroy_inbound(&pod.netns, |source, destination| {
             denied(&Flow { source_identity: None, source, destination })
         });
         match direct {
@@ -120,23 +127,31 @@ impl Inbound {
         }
     }
 
-    async fn tunnel(self: Arc<Self>, pod: Arc<LocalPod>, Captured { stream, source, local }: Captured) {
+    fn overloaded(&self, pod: &LocalPod, accepted: &Accepted) {
+        let info = ConnectionInfo {
+            destination: Some(pod.workload()),
+            ..ConnectionInfo::new(Direction::Inbound, accepted.peer, accepted.local)
+        };
+        self.observer.fail(&info, CloseReason::Overloaded, &"the agent holds as many connections as its descriptors allow");
+    }
+
+    async fn tunnel(self: Arc<Self>, pod: Arc<LocalPod>, Accepted { stream, peer: source, local }: Accepted) {
         let started = Instant::now();
         let accepted = match self.tls(&pod).await {
             Ok(config) => accept::handshake(stream, PeerAddr(source), config).await,
             Err(error) => Err(error),
         };
-        let result = accepted.as_ref().map(|_| ()).map_err(TunnelError::reason);
-        self.observer.metrics().handshake(Direction::Inbound, result, started.elapsed());
+        let result = accepted.as_ref().map_or_else(|error| error.reason().as_str(), |_| "ok");
+        self.observer.metrics().handshake(Side::Server, result, started.elapsed());
         let accepted = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 let info =
                     ConnectionInfo { destination: Some(pod.workload()), ..ConnectionInfo::new(Direction::Inbound, source, local) };
-                return self.observer.fail(info, error.reason(), &error);
+                return self.observer.fail(&info, error.reason(), &error);
             }
         };
-        let _counted = self.observer.metrics().inbound_tunnel();
+        let _counted = self.observer.metrics().tunnel(Side::Server);
         let peer = Peer { identity: accepted.source, addr: source, local };
         match accepted.tunnel {
             Form::Hbone(tunnel) => self.hbone(pod, peer, tunnel).await,
@@ -163,7 +178,7 @@ impl Inbound {
         Ok(config)
     }
 
-    async fn plaintext(&self, pod: &LocalPod, Captured { stream, source, local }: Captured) {
+    async fn plaintext(&self, pod: &LocalPod, Accepted { stream, peer: source, local }: Accepted) {
         let info = ConnectionInfo {
             source: self.snapshots.borrow().workload_at(source.ip()).cloned(),
             destination: Some(pod.workload()),
@@ -178,7 +193,7 @@ impl Inbound {
             }
             Err(Refusal { reason, detail }) => {
                 tcp::reset_on_close(&stream);
-                self.observer.fail(info, reason, &detail);
+                self.observer.fail(&info, reason, &detail);
             }
         }
     }
@@ -219,12 +234,10 @@ impl Inbound {
         let snapshot = Arc::clone(&self.snapshots.borrow());
         let (policies, missing) = snapshot.policies_for(workload);
         let evaluation = evaluate(flow, &policies, &missing, snapshot.default_deny());
-        self.observer.metrics().verdict(&evaluation);
+        self.observer.metrics().evaluation(&evaluation);
         match &evaluation.verdict {
             Verdict::Allow { .. } => Ok(()),
-            Verdict::Deny { .. } => {
-                Err(Refusal { reason: CloseReason::PolicyDenied, detail: explain(flow, &evaluation.verdict) })
-            }
+            Verdict::Deny { .. } => Err(Refusal { reason: CloseReason::PolicyDenied, detail: explain(flow, &evaluation) }),
         }
     }
 
@@ -236,12 +249,11 @@ impl Inbound {
         open: OpenConnection,
     ) {
         let (mut source, mut sink) = tcp::split(far);
-        let forced = self.drain.force();
         let bytes = Arc::clone(open.bytes());
         let counts = (&bytes.sent, &bytes.received);
         let end = tokio::select! {
             end = relay(near, (&mut source, &mut sink), counts, registered.cancel.token()) => end,
-            () = forced.cancelled() => End::Cancelled,
+            () = self.drain.forced_token().cancelled() => End::Cancelled,
         };
         open.close(
             match end {

@@ -2,67 +2,122 @@
 //!
 //! Nothing imports this module but the command line. What a part needs of another it is given here, as narrow as it can be.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use tokio::sync::{mpsc, watch};
+use serde_json::json;
+use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::capture::{Ask, Capture, ListenerRole, LoadConfig, LocalPod, PodEvent};
+use crate::capture::{Ask, Capture, CaptureError, ListenerKind, LoadConfig, LocalPod, PodEvent};
 use crate::config::AgentConfig;
-use crate::discovery::{Discovery, DiscoveryHandle};
-use crate::drain::Drain;
-use crate::identity::SvidStore;
+use crate::discovery::{Discovery, DiscoveryConfig, DiscoveryHandle};
+use crate::drain::{Drain, StopSignals};
+use crate::identity::{ControllerEndpoint, ControllerIssuer, StoreConfig, SvidStore, SystemClock};
 use crate::inbound::Inbound;
-use crate::model::Snapshot;
-use crate::observe::{AdminSources, Observer, Readiness};
+use crate::observe::{AdminSources, ConnectionInfo, Direction, Observer, Readiness, admin, http};
 use crate::outbound::Outbound;
+use crate::serve::Permits;
 
 /// How often tunnels and counters that nobody needs are dropped.
 const SWEEP: Duration = Duration::from_secs(10);
+/// The life that certificates are asked for; the controller may give less.
+const CERTIFICATE_LIFE: Duration = Duration::from_secs(24 * 3600);
+/// The trust domain of a control plane that does not name its own.
+const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
 
 /// Runs the agent of a node until it is told to stop, and its connections have ended or the drain deadline has passed.
 ///
 /// # Errors
 /// What keeps it from starting: the kernel, permissions, an address in use.
 pub async fn run(config: AgentConfig) -> Result<()> {
-    raise_file_limit();
+    let permits = Permits::for_descriptors(raise_file_limit());
     let observer = Observer::new(&config.node);
     let readiness = Readiness::new();
-    let (loaded, synced) = (readiness.condition("programs loaded"), readiness.condition("mesh known"));
-    let drain = Drain::on_signals(config.drain_timeout).context("waiting for signals")?;
-    let discovery = Discovery::start(&config);
-    let svids = SvidStore::start(&config, observer.clone());
-    let capture = Capture::load(&LoadConfig::from(&config)).context("taking over the node's connections")?;
-    loaded.met();
-    observe(&config, &observer, &readiness, &discovery, &svids, &capture)?;
+    let loaded = readiness.condition("eBPF programs loaded");
+    let synced = readiness.condition("mesh known");
+    let drain = Drain::new();
+    tokio::spawn(drain.clone().on_signal(StopSignals::install().context("taking over the signals")?));
 
-    let outbound = Outbound::new(capture.maps(), discovery.clone(), svids.clone(), observer.clone(), drain.clone());
+    let url = format!("https://{}", config.controller);
+    let endpoint = ControllerEndpoint::new(&url, &config.root_cert, &config.token_file).context("--controller")?;
+    let discovery = Discovery::start(DiscoveryConfig {
+        endpoint: endpoint.clone(),
+        node: config.node.as_str().into(),
+        default_trust_domain: DEFAULT_TRUST_DOMAIN.parse().context("the default trust domain")?,
+    });
+    let issuer = Arc::new(ControllerIssuer::new(endpoint, CERTIFICATE_LIFE));
+    let svids = SvidStore::start(StoreConfig { root_cert: config.root_cert.clone() }, issuer, Arc::new(SystemClock));
+
+    let local_pods = LocalPods::default();
+    observe(&config, &observer, &readiness, &discovery, &svids, &local_pods).await?;
+    let capture = tokio::task::block_in_place(|| Capture::load(&load_config(&config))).context("taking over the node's connections")?;
+    loaded.met();
+    let maps = capture.maps();
+    let outcomes = capture.maps();
+    observer.metrics().read_capture_outcomes_from(Box::new(move || outcomes.outcomes()));
+
+    let outbound = Outbound::new(maps, discovery.clone(), svids.clone(), observer.clone(), drain.clone());
     let inbound = Inbound::new(discovery.snapshots(), svids.clone(), observer.clone(), drain.clone());
     let (pod_events, events) = mpsc::channel(256);
     let stop = CancellationToken::new();
-    let capturing = tokio::spawn(capture.run(discovery.snapshots(), ask(discovery.clone()), pod_events, stop.clone()));
+    let mut capturing = tokio::spawn(capture.run(discovery.snapshots(), ask(discovery.clone()), pod_events, stop.clone()));
+    let mut snapshots = discovery.snapshots();
     tokio::spawn(async move {
-        let mut snapshots = discovery.snapshots();
         if snapshots.wait_for(|snapshot| snapshot.synced()).await.is_ok() {
             synced.met();
         }
     });
     info!(node = %config.node, controller = %config.controller, "agent started");
-    let pods = Pods { outbound, inbound, svids, observer };
-    tokio::select! {
-        () = pods.serve(events) => warn!("enrolment ended by itself"),
-        () = drain.started() => {}
-    }
+    let pods = Pods { outbound, inbound, svids, observer, permits, local: local_pods };
+    let ended: Result<(), CaptureError> = tokio::select! {
+        () = pods.serve(events) => Ok(()),
+        () = drain.started() => Ok(()),
+        ended = &mut capturing => ended.context("the capture task panicked")?,
+    };
     stop.cancel();
-    drain.finished().await;
-    capturing.await.context("the capture task panicked")?;
+    drain.finish(config.drain_timeout).await;
     info!("agent stopped; enrolled pods stay closed until an agent is back");
-    Ok(())
+    ended.context("enrolling pods")
+}
+
+fn load_config(config: &AgentConfig) -> LoadConfig {
+    LoadConfig {
+        node: config.node.as_str().into(),
+        netns_dir: config.netns_dir.clone(),
+        cgroup_root: config.cgroup_root.clone(),
+        bpf_dir: config.bpf_dir.clone(),
+    }
+}
+
+/// The pods that are enrolled, for the admin interface.
+#[derive(Clone, Debug, Default)]
+struct LocalPods(Arc<Mutex<HashMap<Arc<str>, Arc<LocalPod>>>>);
+
+impl LocalPods {
+    fn with<T>(&self, f: impl FnOnce(&mut HashMap<Arc<str>, Arc<LocalPod>>) -> T) -> T {
+        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn list(&self) -> Vec<serde_json::Value> {
+        let describe = |pod: &Arc<LocalPod>| {
+            let workload = pod.workload();
+            json!({
+                "uid": *workload.uid,
+                "name": *workload.name,
+                "namespace": workload.identity.namespace(),
+                "identity": workload.identity.to_string(),
+                "addresses": pod.addresses,
+                "mode": workload.peer_authentication.mode.to_string(),
+            })
+        };
+        self.with(|pods| pods.values().map(describe).collect())
+    }
 }
 
 /// What is done for pods as they come and go.
@@ -71,6 +126,8 @@ struct Pods {
     inbound: Arc<Inbound>,
     svids: SvidStore,
     observer: Observer,
+    permits: Permits,
+    local: LocalPods,
 }
 
 impl Pods {
@@ -90,38 +147,60 @@ impl Pods {
 
     fn handle(&self, event: PodEvent) {
         match event {
-            PodEvent::Enrolled { pod, listeners } => {
-                let workload = pod.workload();
-                let (name, namespace) = (&workload.name, workload.identity.namespace());
-                info!(pod = %name, namespace, addresses = ?pod.addresses, "pod enrolled");
-                self.observer.metrics().enrolled_pods(1);
-                for (role, listener) in listeners {
-                    let pod = Arc::clone(&pod);
-                    match role {
-                        ListenerRole::Outbound => tokio::spawn(Arc::clone(&self.outbound).serve(pod, listener)),
-                        ListenerRole::Plaintext => tokio::spawn(Arc::clone(&self.inbound).serve_plaintext(pod, listener)),
-                        ListenerRole::Tunnel => tokio::spawn(Arc::clone(&self.inbound).serve_tunnels(pod, listener)),
-                    };
-                }
-                let lease = self.svids.lease(&workload.identity);
-                tokio::spawn(async move {
-                    pod.gone.cancelled().await;
-                    drop(lease);
-                });
-            }
+            PodEvent::Enrolled { pod, listeners } => self.enrolled(pod, listeners),
             PodEvent::Updated(pod) => {
                 let inbound = Arc::clone(&self.inbound);
                 tokio::task::spawn_blocking(move || inbound.recheck(&pod));
             }
-            PodEvent::Released(pod) => self.release(&pod),
+            PodEvent::Released(pod) => self.released(&pod),
+            PodEvent::PlaintextRefused { source, destination } => {
+                let snapshot = self.inbound.snapshot();
+                let info = ConnectionInfo {
+                    source: snapshot.workload_at(source.ip()).cloned(),
+                    destination: snapshot.workload_at(destination.ip()).cloned(),
+                    ..ConnectionInfo::new(Direction::Inbound, source, destination)
+                };
+                self.observer.metrics().plaintext_refused();
+                let detail = format!("port {} takes mutual TLS only", destination.port());
+                self.observer.fail(&info, crate::model::CloseReason::PlaintextRefused, &detail);
+            }
         }
     }
 
-    fn release(&self, pod: &LocalPod) {
+    fn enrolled(&self, pod: Arc<LocalPod>, listeners: Vec<crate::capture::Listener>) {
+        let workload = pod.workload();
+        info!(pod = %workload.name, namespace = workload.identity.namespace(), addresses = ?pod.addresses, "pod enrolled");
+        for listener in listeners {
+            let (pod, permits) = (Arc::clone(&pod), self.permits.clone());
+            match listener.kind() {
+                ListenerKind::Outbound => tokio::spawn(Arc::clone(&self.outbound).serve(pod, listener, permits)),
+                ListenerKind::Plaintext => tokio::spawn(Arc::clone(&self.inbound).serve_plaintext(pod, listener, permits)),
+                ListenerKind::Hbone => tokio::spawn(Arc::clone(&self.inbound).serve_tunnels(pod, listener, permits)),
+            };
+        }
+        let count = self.local.with(|pods| {
+            pods.insert(Arc::clone(&workload.uid), Arc::clone(&pod));
+            pods.len()
+        });
+        self.observer.metrics().set_enrolled_pods(count);
+        let lease = self.svids.lease(&workload.identity);
+        tokio::spawn(async move {
+            pod.released.cancelled().await;
+            drop(lease);
+        });
+    }
+
+    fn released(&self, pod: &Arc<LocalPod>) {
         let workload = pod.workload();
         info!(pod = %workload.name, namespace = workload.identity.namespace(), "pod released");
-        self.observer.metrics().enrolled_pods(-1);
         self.outbound.forget(pod);
+        let count = self.local.with(|pods| {
+            if pods.get(&workload.uid).is_some_and(|known| Arc::ptr_eq(known, pod)) {
+                pods.remove(&workload.uid);
+            }
+            pods.len()
+        });
+        self.observer.metrics().set_enrolled_pods(count);
     }
 }
 
@@ -133,31 +212,91 @@ fn ask(discovery: DiscoveryHandle) -> Ask {
     })
 }
 
-/// Starts what people and scrapers look at, on a runtime of its own, so that looking cannot stall traffic.
-fn observe(
+/// Starts what people and scrapers look at. Pages that take time to write are written off the threads that move bytes.
+async fn observe(
     config: &AgentConfig,
     observer: &Observer,
     readiness: &Readiness,
     discovery: &DiscoveryHandle,
     svids: &SvidStore,
-    capture: &Capture,
+    pods: &LocalPods,
 ) -> Result<()> {
-    let maps = capture.maps();
-    observer.metrics().set_capture_outcomes(Box::new(move || maps.outcomes()));
-    let snapshots: watch::Receiver<Arc<Snapshot>> = discovery.snapshots();
-    let (svids, pods) = (svids.clone(), capture.pods());
+    let (certificates, pods) = (svids.clone(), pods.clone());
     let sources = AdminSources {
-        snapshots,
-        certificates: Box::new(move || serde_json::json!(svids.list())),
-        pods: Box::new(move || serde_json::json!(pods())),
+        node: config.node.clone(),
+        snapshot: discovery.snapshots(),
+        certificates: Box::new(move || certificates.list().iter().map(certificate).collect()),
+        pods: Box::new(move || pods.list()),
+        observer: observer.clone(),
     };
-    crate::observe::start(config, observer.clone(), readiness.clone(), sources)
+    let metrics = http::Server::metrics(config.metrics_listen).await?;
+    let ready = http::Server::readiness(config.ready_listen).await?;
+    let admin_server = http::Server::admin(config.admin_listen).await?;
+    let never = CancellationToken::new();
+    tokio::spawn(metrics.serve(http::metrics_router(observer.clone()), never.clone()));
+    tokio::spawn(ready.serve(crate::observe::readiness::router(readiness.clone()), never.clone()));
+    tokio::spawn(admin_server.serve(admin::router(sources), never));
+    watch_controller(discovery.clone(), observer.clone());
+    watch_certificates(svids.clone(), observer.clone());
+    Ok(())
 }
 
-/// Every connection costs descriptors; the agent takes as many as it may have.
-fn raise_file_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
+fn watch_controller(discovery: DiscoveryHandle, observer: Observer) {
+    let mut connected = discovery.connected();
+    tokio::spawn(async move {
+        loop {
+            observer.metrics().set_xds_connected(*connected.borrow_and_update());
+            if connected.changed().await.is_err() {
+                return;
+            }
+        }
+    });
+}
+
+/// Keeps the certificates' expiry in the metrics.
+fn watch_certificates(svids: SvidStore, observer: Observer) {
+    let mut changes = svids.changes();
+    tokio::spawn(async move {
+        let mut held = HashMap::new();
+        while changes.changed().await.is_ok() {
+            let now: HashMap<_, _> =
+                svids.list().into_iter().filter_map(|status| Some((status.id, status.not_after?))).collect();
+            for (id, not_after) in &now {
+                if held.get(id) != Some(not_after) {
+                    let seconds = not_after.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+                    observer.metrics().certificate_held(id, i64::try_from(seconds).unwrap_or(i64::MAX));
+                    observer.metrics().certificate_request("issued");
+                }
+            }
+            for id in held.keys().filter(|id| !now.contains_key(id)) {
+                observer.metrics().certificate_dropped(id);
+            }
+            held = now;
+        }
+    });
+}
+
+fn certificate(status: &crate::identity::SvidStatus) -> serde_json::Value {
+    let readable = |time: std::time::SystemTime| crate::identity::clock::readable(time);
+    json!({
+        "identity": status.id.to_string(),
+        "serial": status.serial,
+        "not_before": status.not_before.map(readable),
+        "not_after": status.not_after.map(readable),
+        "next_attempt": readable(status.next_attempt),
+        "failures": status.failures,
+        "last_error": status.last_error,
+    })
+}
+
+/// Every connection costs descriptors; the agent takes as many as it may have. Returns how many that is.
+fn raise_file_limit() -> u64 {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+        Ok(hard)
+    });
+    raised.unwrap_or_else(|error| {
         warn!(%error, "the limit of open files stays as it is");
-    }
+        1024
+    })
 }

@@ -15,20 +15,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
-use tracing::debug;
 
-use crate::capture::listener::{self, Captured};
-use crate::capture::{LocalPod, Maps};
+use crate::capture::{Accepted, Listener, LocalPod, Maps};
 use crate::deliver::{DeliverError, passthrough};
 use crate::discovery::DiscoveryHandle;
 use crate::drain::Drain;
 use crate::identity::{SvidError, SvidStore};
-use crate::model::{CloseReason, OriginalDst, PeerAddr, Service, Snapshot, SpiffeId, Workload};
-use crate::observe::{ConnectionInfo, Direction, Observer, Security};
+use crate::model::{CloseReason, OriginalDst, PeerAddr, Snapshot, SpiffeId, Workload};
+use crate::observe::{ConnectionInfo, Direction, Observer, Security, Side};
 use crate::relay::{End, Sink, Source, relay, tcp};
+use crate::serve::{Permits, serve};
 use crate::tunnel::pool::Pool;
 use crate::tunnel::single::Open;
 use crate::tunnel::{ALPN, Stream, TunnelError, dial, tls};
@@ -105,19 +103,22 @@ impl Outbound {
     }
 
     /// Carries the connections that `pod` makes, until the pod leaves the mesh or the agent stops.
-    pub async fn serve(self: Arc<Self>, pod: Arc<LocalPod>, listener: TcpListener) {
-        listener::serve(listener, &pod.gone, &self.drain, |captured| {
+    pub async fn serve(self: Arc<Self>, pod: Arc<LocalPod>, listener: Listener, permits: Permits) {
+        let handle = |accepted| {
             let (outbound, pod) = (Arc::clone(&self), Arc::clone(&pod));
-            async move { outbound.carry(pod, captured).await }
-        })
-        .await;
+            async move { outbound.carry(&pod, accepted).await }
+        };
+        let overloaded = |accepted: &Accepted| {
+            let info = ConnectionInfo { source: Some(pod.workload()), ..describe(accepted.peer, accepted.local) };
+            self.observer.fail(&info, CloseReason::Overloaded, &"the agent holds as many connections as its descriptors allow");
+        };
+        serve(listener, Arc::clone(&pod), self.drain.clone(), permits, handle, overloaded).await;
     }
 
     /// Drops tunnels and turns that nobody needs any more. To be called every few seconds.
     pub fn sweep(&self) {
         self.pool.sweep(Instant::now());
         self.robin.sweep(&self.snapshots.borrow());
-        self.observer.metrics().tunnels_open(Direction::Outbound, self.pool.len());
     }
 
     /// Closes the tunnels of a pod that left, once their streams have ended.
@@ -126,37 +127,39 @@ impl Outbound {
         self.pool.retire(|key| key.source_pod == uid);
     }
 
-    async fn carry(&self, pod: Arc<LocalPod>, Captured { stream, source, .. }: Captured) {
+    async fn carry(&self, pod: &LocalPod, Accepted { stream, peer: source, local }: Accepted) {
         let workload = pod.workload();
         let Some(original_dst) = self.maps.original_dst(source) else {
-            let info = ConnectionInfo { source: Some(workload), ..ConnectionInfo::new(Direction::Outbound, source, source) };
-            let detail = "nothing is filed under its source: not captured here, or the table overflowed";
-            self.observer.fail(info, CloseReason::NoOriginalDst, &detail);
-            return tcp::reset_on_close(&stream);
+            let info = ConnectionInfo { source: Some(workload), ..describe(source, local) };
+            let detail = "its original destination is not on file: it was not captured here, or the table overflowed";
+            tcp::reset_on_close(&stream);
+            return self.observer.fail(&info, CloseReason::NoOriginalDst, &detail);
         };
         let mut info = ConnectionInfo {
             source: Some(Arc::clone(&workload)),
             original_dst: Some(original_dst.0),
-            ..ConnectionInfo::new(Direction::Outbound, source, original_dst.0)
+            ..describe(source, original_dst.0)
         };
-        let carried = match self.route(&workload, original_dst).await {
-            Ok(Route::Tunnel { workload: destination, target, service }) => {
-                info.describe(Some(&destination), target, service);
-                self.through_tunnel(&pod, &workload, &destination, target, info.clone(), stream).await
+        let opened = match self.route(&workload, original_dst).await {
+            Ok(route) => {
+                route.tell(&workload, &mut info);
+                self.open(pod, &workload, &route, source).await
             }
-            Ok(Route::Local { target, service }) => {
-                info.describe(Some(&workload), target, service);
-                self.plainly(&pod, target, info.clone(), stream).await
-            }
-            Ok(Route::Passthrough { target, workload: destination, service }) => {
-                info.describe(destination.as_ref(), target, service);
-                self.plainly(&pod, target, info.clone(), stream).await
-            }
-            Err(failure) => Err((failure, stream)),
+            Err(failure) => Err(failure),
         };
-        if let Err((failure, stream)) = carried {
-            tcp::reset_on_close(&stream);
-            self.observer.fail(info, failure.reason, &failure.detail);
+        match opened {
+            Ok(Opened::Tunnel(mut far)) => {
+                self.relay(stream, (&mut far.source, &mut far.sink), info).await;
+                far.end();
+            }
+            Ok(Opened::Plain(far)) => {
+                let (mut source, mut sink) = tcp::split(far);
+                self.relay(stream, (&mut source, &mut sink), info).await;
+            }
+            Err(failure) => {
+                tcp::reset_on_close(&stream);
+                self.observer.fail(&info, failure.reason, &failure.detail);
+            }
         }
     }
 
@@ -176,30 +179,20 @@ impl Outbound {
         Ok(decide(&asked)?.unwrap_or(Route::Passthrough { target: dialled.0, workload: None, service: None }))
     }
 
-    async fn through_tunnel(
-        &self,
-        pod: &LocalPod,
-        source: &Workload,
-        destination: &Workload,
-        target: SocketAddr,
-        mut info: ConnectionInfo,
-        stream: TcpStream,
-    ) -> Result<(), (Failure, TcpStream)> {
-        info.security = Security::MutualTls;
-        info.source_identity = Some(source.identity.clone());
-        info.destination_identity = Some(destination.identity.clone());
-        match self.open(pod, source, destination, &Open::new(info.source_addr, target)).await {
-            Ok(mut far) => {
-                self.relay(stream, (&mut far.source, &mut far.sink), info).await;
-                far.end();
-                Ok(())
+    async fn open(&self, pod: &LocalPod, source: &Workload, route: &Route, client: SocketAddr) -> Result<Opened, Failure> {
+        match route {
+            Route::Tunnel { workload, target, .. } => {
+                Ok(Opened::Tunnel(self.open_stream(pod, source, workload, &Open::new(client, *target)).await?))
             }
-            Err(failure) => Err((failure, stream)),
+            Route::Local { target, .. } | Route::Passthrough { target, .. } => {
+                let socket = pod_socket(pod, *target).map_err(|source| DeliverError::Socket { destination: *target, source })?;
+                Ok(Opened::Plain(passthrough::connect(socket, *target).await?))
+            }
         }
     }
 
-    /// Opens a stream to `target`, in a tunnel to its workload.
-    async fn open(
+    /// Opens a stream in a tunnel to the destination's workload.
+    async fn open_stream(
         &self,
         pod: &LocalPod,
         source: &Workload,
@@ -223,40 +216,18 @@ impl Outbound {
             let stream = connected.map_err(|error| TunnelError::Connect { peer: peer.0, source: io::Error::other(error) })?;
             let started = Instant::now();
             let made = dial::handshake(stream, peer, config).await;
-            let result = made.as_ref().map(|_| ()).map_err(TunnelError::reason);
-            self.observer.metrics().handshake(Direction::Outbound, result, started.elapsed());
+            let result = made.as_ref().map_or_else(|error| error.reason().as_str(), |_| "ok");
+            self.observer.metrics().handshake(Side::Client, result, started.elapsed());
             made
         };
         Ok(self.pool.open(&key, open, dial).await?)
     }
 
-    async fn plainly(
-        &self,
-        pod: &LocalPod,
-        target: SocketAddr,
-        info: ConnectionInfo,
-        stream: TcpStream,
-    ) -> Result<(), (Failure, TcpStream)> {
-        let socket = match pod_socket(pod, target) {
-            Ok(socket) => socket,
-            Err(source) => return Err((DeliverError::Socket { destination: target, source }.into(), stream)),
-        };
-        match passthrough::connect(socket, target).await {
-            Ok(far) => {
-                let (mut source, mut sink) = tcp::split(far);
-                self.relay(stream, (&mut source, &mut sink), info).await;
-                Ok(())
-            }
-            Err(error) => Err((error.into(), stream)),
-        }
-    }
-
     async fn relay(&self, stream: TcpStream, far: (&mut impl Source, &mut impl Sink), info: ConnectionInfo) {
         let open = self.observer.open(info);
         let (mut source, mut sink) = tcp::split(stream);
-        let cancel: &CancellationToken = self.drain.force();
         let bytes = Arc::clone(open.bytes());
-        let end = relay((&mut source, &mut sink), far, (&bytes.sent, &bytes.received), cancel).await;
+        let end = relay((&mut source, &mut sink), far, (&bytes.sent, &bytes.received), self.drain.forced_token()).await;
         open.close(
             match end {
                 End::Finished => CloseReason::Finished,
@@ -269,21 +240,38 @@ impl Outbound {
     }
 }
 
+/// The way to a destination, open.
+enum Opened {
+    Tunnel(Stream),
+    Plain(TcpStream),
+}
+
+/// A connection of which only the ends are known.
+fn describe(source: SocketAddr, destination: SocketAddr) -> ConnectionInfo {
+    ConnectionInfo::new(Direction::Outbound, source, destination)
+}
+
 /// A TCP socket in the pod's network namespace, for `destination`'s family.
 fn pod_socket(pod: &LocalPod, destination: SocketAddr) -> io::Result<Socket> {
     let domain = Domain::for_address(destination);
     pod.netns.enter(|| Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP)))
 }
 
-/// The parts of a connection's description that its route tells.
-trait Describe {
-    fn describe(&mut self, destination: Option<&Arc<Workload>>, target: SocketAddr, service: Option<Arc<Service>>);
-}
-
-impl Describe for ConnectionInfo {
-    fn describe(&mut self, destination: Option<&Arc<Workload>>, target: SocketAddr, service: Option<Arc<Service>>) {
-        self.destination = destination.cloned();
-        self.destination_addr = target;
-        self.destination_service = service;
+impl Route {
+    /// Adds to a connection's description what its route tells.
+    fn tell(&self, source: &Arc<Workload>, info: &mut ConnectionInfo) {
+        let (destination, target, service) = match self {
+            Self::Tunnel { workload, target, service } => {
+                info.security = Security::MutualTls;
+                info.source_identity = Some(source.identity.clone());
+                info.destination_identity = Some(workload.identity.clone());
+                (Some(workload), target, service)
+            }
+            Self::Local { target, service } => (Some(source), target, service),
+            Self::Passthrough { target, workload, service } => (workload.as_ref(), target, service),
+        };
+        info.destination = destination.cloned();
+        info.destination_addr = *target;
+        info.destination_service = service.clone();
     }
 }

@@ -39,7 +39,7 @@ impl Inbound {
         loop {
             let request = tokio::select! {
                 request = tunnel.next() => request,
-                () = pod.gone.cancelled(), if !draining => {
+                () = pod.released.cancelled(), if !draining => {
                     tunnel.drain();
                     draining = true;
                     continue;
@@ -49,7 +49,7 @@ impl Inbound {
                     draining = true;
                     continue;
                 }
-                () = self.drain.force().cancelled() => break,
+                () = self.drain.forced_token().cancelled() => break,
             };
             match request {
                 Some(Ok(request)) => {
@@ -74,7 +74,7 @@ impl Inbound {
         loop {
             let next = tokio::select! {
                 next = tunnel.next() => next,
-                () = pod.gone.cancelled() => return,
+                () = pod.released.cancelled() => return,
                 () = self.drain.started() => return,
             };
             let (open, source, sink) = match next {
@@ -98,7 +98,7 @@ impl Inbound {
                 delivered = self.deliver(pod, &flow) => delivered.map(|far| (far, registered)),
                 () = request.abandoned() => {
                     let detail = "the source gave up before the destination answered";
-                    return self.observer.fail(info, CloseReason::SourceReset, &detail);
+                    return self.observer.fail(&info, CloseReason::SourceReset, &detail);
                 }
             },
             Err(refusal) => Err(refusal),
@@ -106,7 +106,7 @@ impl Inbound {
         let (far, registered) = match delivered {
             Ok(delivered) => delivered,
             Err(Refusal { reason, detail }) => {
-                self.observer.fail(info, reason, &detail);
+                self.observer.fail(&info, reason, &detail);
                 return request.refuse(reason);
             }
         };
@@ -116,7 +116,7 @@ impl Inbound {
             }
             Err(error) => {
                 tcp::reset_on_close(&far);
-                self.observer.fail(info, CloseReason::SourceReset, &error);
+                self.observer.fail(&info, CloseReason::SourceReset, &error);
             }
         }
     }
@@ -140,14 +140,14 @@ impl Inbound {
         let (far, registered) = match delivered {
             Ok(delivered) => delivered,
             Err(Refusal { reason, detail }) => {
-                self.observer.fail(info, reason, &detail);
+                self.observer.fail(&info, reason, &detail);
                 sink.answer(Some(reason)).await.ok()?;
                 return Some(sink.refused(source));
             }
         };
         if let Err(error) = sink.answer(None).await {
             tcp::reset_on_close(&far);
-            self.observer.fail(info, CloseReason::SourceReset, &error);
+            self.observer.fail(&info, CloseReason::SourceReset, &error);
             return None;
         }
         self.relay((&mut source, &mut sink), far, &registered, self.observer.open(info)).await;

@@ -88,6 +88,25 @@ pub struct ConnectionInfo {
     pub security: Security,
 }
 
+impl ConnectionInfo {
+    /// A plaintext connection of which only the ends are known.
+    #[must_use]
+    pub fn new(direction: Direction, source_addr: SocketAddr, destination_addr: SocketAddr) -> Self {
+        Self {
+            direction,
+            source: None,
+            source_addr,
+            source_identity: None,
+            destination: None,
+            destination_addr,
+            original_dst: None,
+            destination_identity: None,
+            destination_service: None,
+            security: Security::None,
+        }
+    }
+}
+
 /// Bytes of payload that have been passed on, without what tunnels add. The same meaning in both directions.
 #[derive(Debug, Default)]
 pub struct ByteCounts {

@@ -25,7 +25,8 @@ use super::connection::Direction;
 use super::labels::Escaped;
 use super::log;
 use super::traffic::{MAX_PAIRS, Traffic, TrafficCollector};
-use crate::model::{CloseReason, SpiffeId, Verdict};
+use crate::model::{Action, CloseReason, SpiffeId, Verdict};
+use crate::policy::evaluate::Evaluation;
 
 /// How many series of policy verdicts are told apart; later policies are counted as `overflow`.
 const MAX_VERDICT_SERIES: usize = 5_000;
@@ -206,11 +207,22 @@ impl Metrics {
         self.verdicts.get_or_create(&labels).inc();
     }
 
-    /// Counts an enforced verdict of policy evaluation.
-    pub fn verdict(&self, verdict: &Verdict) {
-        match verdict {
+    /// Counts what policy evaluation said: the verdict, what dry-run policies would have done, and what was audited.
+    pub fn evaluation(&self, evaluation: &Evaluation) {
+        match &evaluation.verdict {
             Verdict::Allow { by } => self.policy_verdict(by.as_deref(), "allow", false),
             Verdict::Deny { by } => self.policy_verdict(by.as_deref(), "deny", false),
+        }
+        for (policy, action) in &evaluation.dry_run {
+            let verdict = match action {
+                Action::Allow => "allow",
+                Action::Deny => "deny",
+                Action::Audit => "audit",
+            };
+            self.policy_verdict(Some(policy), verdict, true);
+        }
+        for policy in &evaluation.audited {
+            self.policy_verdict(Some(policy), "audit", false);
         }
     }
 

@@ -1,0 +1,55 @@
+//! The accept loop that all of the agent's listeners in pods share: accept, permit, spawn, and count for the drain.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+
+use crate::capture::{Accepted, Listener, LocalPod};
+use crate::drain::Drain;
+use crate::relay::tcp;
+
+/// How many connections the agent holds at once, over all its pods. Each costs two to four descriptors.
+#[derive(Clone, Debug)]
+pub struct Permits(Arc<Semaphore>);
+
+impl Permits {
+    /// As many connections as `descriptors`, the process's limit of open files, allow.
+    #[must_use]
+    pub fn for_descriptors(descriptors: u64) -> Self {
+        let connections = usize::try_from(descriptors / 4).unwrap_or(usize::MAX).clamp(64, Semaphore::MAX_PERMITS);
+        Self(Arc::new(Semaphore::new(connections)))
+    }
+}
+
+/// Hands each connection that arrives at `listener` to `handle`, in a task of its own, until the pod leaves the mesh or the agent
+/// stops. Past the bound a connection is reset at once, and `overloaded` is told.
+pub async fn serve<F>(
+    listener: Listener,
+    pod: Arc<LocalPod>,
+    drain: Drain,
+    Permits(permits): Permits,
+    handle: impl Fn(Accepted) -> F,
+    overloaded: impl Fn(&Accepted),
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = pod.released.cancelled() => return,
+            () = drain.started() => return,
+        };
+        let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
+            overloaded(&accepted);
+            tcp::reset_on_close(&accepted.stream);
+            continue;
+        };
+        let guard = drain.guard();
+        let handling = handle(accepted);
+        tokio::spawn(async move {
+            handling.await;
+            drop((permit, guard));
+        });
+    }
+}
