@@ -184,6 +184,12 @@ impl Snapshot {
         (found, missing)
     }
 
+    /// Whether authorization is for every workload as it is in `other`, as far as can be told without looking at each policy.
+    #[must_use]
+    pub fn same_policies(&self, other: &Self) -> bool {
+        self.default_deny == other.default_deny && self.policies.ptr_eq(&other.policies)
+    }
+
     /// What the kernel should do with each address and port; port 0 stands for every port without an entry of its own.
     #[must_use]
     pub fn destinations(&self) -> &imbl::OrdMap<(IpAddr, u16), Destination> {

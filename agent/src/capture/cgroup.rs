@@ -1,0 +1,132 @@
+//! The cgroup v2 directory below which the connect programs see every process.
+//!
+//! Enters: the operator's choice, if any, and the mount table. Leaves: an open directory. On a machine with both versions of
+//! cgroups the v2 tree is beside the others; the programs only need its directories, not its controllers.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::{mounts, netns};
+
+const CGROUP2_MAGIC: u64 = 0x6367_7270;
+/// The first process's view of the file system: an agent in a mount namespace of its own may lack the mount.
+const INIT_ROOT: &str = "/proc/1/root";
+const INIT_MOUNTS: &str = "/proc/1/mountinfo";
+
+/// Why there is no directory to attach to.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// The directory cannot be opened.
+    #[error("cgroup root {}: {source}; give a cgroup v2 directory with --cgroup-root", path.display())]
+    Open {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The directory is on another file system.
+    #[error("cgroup root {} is not on cgroup v2; mount it (mount -t cgroup2 none DIR) and give that with --cgroup-root", path.display())]
+    NotCgroup2 {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// No mount of cgroup v2 is in sight.
+    #[error("cgroup v2 is not mounted; mount it (mount -t cgroup2 none DIR) and give the directory with --cgroup-root")]
+    NotMounted,
+    /// The agent could not be moved below the root.
+    #[error("moving the agent to the cgroup {}: {source}", path.display())]
+    Move {
+        /// The cgroup.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A cgroup v2 directory.
+#[derive(Debug)]
+pub(super) struct CgroupRoot {
+    pub(super) directory: File,
+    path: PathBuf,
+}
+
+impl CgroupRoot {
+    /// Opens the operator's choice, or else the root of the v2 tree.
+    pub(super) fn open(chosen: Option<&Path>) -> Result<Self, CgroupError> {
+        let path = match chosen {
+            Some(path) => path.to_owned(),
+            None => find().ok_or(CgroupError::NotMounted)?,
+        };
+        let open = |path: &Path| File::open(path).map_err(|source| CgroupError::Open { path: path.to_owned(), source });
+        let (directory, path) = match open(&path) {
+            Ok(directory) if is_cgroup2(&directory) => (directory, path),
+            refused => {
+                let seen_by_init = in_init(&path);
+                match open(&seen_by_init) {
+                    Ok(directory) if is_cgroup2(&directory) => (directory, seen_by_init),
+                    _ => return Err(refused.err().unwrap_or(CgroupError::NotCgroup2 { path })),
+                }
+            }
+        };
+        Ok(Self { directory, path })
+    }
+
+    /// Moves this process to the cgroup `name` right below the root, which is made if need be.
+    pub(super) fn adopt_self(&self, name: &str) -> Result<(), CgroupError> {
+        let path = self.path.join(name);
+        let adopt = || {
+            match fs::create_dir(&path) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => {}
+            }
+            fs::write(path.join("cgroup.procs"), "0")
+        };
+        adopt().map_err(|source| CgroupError::Move { path: path.clone(), source })
+    }
+}
+
+/// `path` as the first process sees it.
+pub(super) fn in_init(path: &Path) -> PathBuf {
+    Path::new(INIT_ROOT).join(path.strip_prefix("/").unwrap_or(path))
+}
+
+fn is_cgroup2(directory: &File) -> bool {
+    netns::file_system(directory).is_ok_and(|magic| magic == CGROUP2_MAGIC)
+}
+
+fn find() -> Option<PathBuf> {
+    let own = mounts::read(Path::new(mounts::OWN)).ok().and_then(|table| choose(&table));
+    own.or_else(|| mounts::read(Path::new(INIT_MOUNTS)).ok().and_then(|table| choose(&table)).map(|path| in_init(&path)))
+}
+
+/// The mount of the whole tree if there is one, or else of the least deep part.
+fn choose(table: &[mounts::Mount]) -> Option<PathBuf> {
+    let trees = table.iter().filter(|mount| mount.kind == "cgroup2");
+    trees.min_by_key(|mount| mount.root.len()).map(|mount| mount.point.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mount_of_the_whole_tree_is_chosen() {
+        let mount =
+            |root: &str, point: &str, kind: &str| mounts::Mount { root: root.into(), point: point.into(), kind: kind.into() };
+        let table = [
+            mount("/", "/sys/fs/cgroup/cpu", "cgroup"),
+            mount("/kubepods", "/x", "cgroup2"),
+            mount("/", "/sys/fs/cgroup/unified", "cgroup2"),
+        ];
+        assert_eq!(choose(&table), Some(PathBuf::from("/sys/fs/cgroup/unified")));
+        assert_eq!(choose(&table[..1]), None);
+    }
+
+    #[test]
+    fn a_directory_on_another_file_system_is_refused() {
+        let directory = tempfile::tempdir().expect("a directory");
+        assert!(matches!(CgroupRoot::open(Some(directory.path())), Err(CgroupError::NotCgroup2 { .. })));
+        assert!(matches!(CgroupRoot::open(Some(Path::new("/no/such/place"))), Err(CgroupError::Open { .. })));
+    }
+}

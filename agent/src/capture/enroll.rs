@@ -1,0 +1,398 @@
+//! Pods in and out: the task that knows every network namespace of the node and keeps the kernel's view of it.
+//!
+//! Enters: namespaces that appear and vanish, their addresses, snapshots, and what the programs refused. Leaves: [`PodEvent`]s, and
+//! entries in the maps. One task owns all state; what blocks runs on other threads and comes back as a [`Message`]. A
+//! namespace is open only after it is known to be none of ours, or fully enrolled; in every other moment nothing leaves it.
+
+mod classify;
+mod places;
+mod setup;
+mod tracked;
+mod watch;
+
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::ffi::OsString;
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use culvert_ebpf_common::{Namespace, NamespaceState};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use self::classify::Phase;
+use self::setup::{Enrolled, Opened, SetupError};
+use self::tracked::Tracked;
+use self::watch::{MountTable, NetnsDir};
+use super::events::{self, Report};
+use super::load::{Loaded, LookupProgram};
+use super::{Ask, CaptureError, LoadConfig, Maps, Netns, PodEvent};
+use crate::model::{Snapshot, Workload};
+
+/// How many namespaces are entered at a time.
+const WORKERS: usize = 8;
+/// How long changes of the mount table are gathered before it is read as a whole.
+const SETTLE: Duration = Duration::from_millis(20);
+/// How long passes at least between two looks at everything that refused connections ask for.
+const LOOK_PAUSE: Duration = Duration::from_millis(10);
+/// How long passes at least before other agents' settings are read again.
+const AGENTS_READ: Duration = Duration::from_millis(100);
+/// For how long the kernel goes on refusing unseen namespaces after the agent's last sign of life, on a shared cgroup root.
+const LEASE: Duration = Duration::from_secs(3);
+const FIRST_RETRY: Duration = Duration::from_millis(100);
+const LAST_RETRY: Duration = Duration::from_secs(10);
+const QUEUE: usize = 1024;
+
+/// What other tasks and threads tell the owner of the state.
+enum Message {
+    /// A namespace of the directory was opened.
+    Opened { name: OsString, result: Result<Option<Opened>, SetupError> },
+    /// A namespace elsewhere was opened.
+    Foreign { inode: u64, result: io::Result<Option<Netns>> },
+    /// The namespace of a process that was refused.
+    Unmounted { netns: Option<Netns> },
+    /// A namespace's addresses changed.
+    Addresses { cookie: u64, addresses: BTreeSet<IpAddr> },
+    /// An enrolment ended.
+    Enrolled { cookie: u64, workload: Arc<Workload>, result: Result<Enrolled, SetupError> },
+    /// The controller was asked about an address; false when it has not answered.
+    Answered { cookie: u64, address: IpAddr, answered: bool },
+    /// It is time to look at a namespace again.
+    Retry { cookie: u64 },
+}
+
+/// The owner of the state.
+pub(super) struct Enroller {
+    config: LoadConfig,
+    maps: Maps,
+    lookup: LookupProgram,
+    snapshots: tokio::sync::watch::Receiver<Arc<Snapshot>>,
+    snapshot: Arc<Snapshot>,
+    ask: Ask,
+    pods: mpsc::Sender<PodEvent>,
+    messages: mpsc::Sender<Message>,
+    inbox: Option<mpsc::Receiver<Message>>,
+    reports: Option<mpsc::Receiver<Report>>,
+    workers: Arc<Semaphore>,
+    tasks: tokio::task::JoinSet<()>,
+    directory: NetnsDir,
+    own: Netns,
+    /// Names in the directory that have a namespace, by its inode.
+    names: HashMap<OsString, u64>,
+    /// Names that have none yet.
+    unripe: BTreeSet<OsString>,
+    tracked: HashMap<u64, Tracked>,
+    /// Cookies of tracked namespaces, by inode.
+    cookies: HashMap<u64, u64>,
+    /// Tracked namespaces by their addresses.
+    holders: HashMap<IpAddr, BTreeSet<u64>>,
+    /// Tracked namespaces that may have lost their last name.
+    vanished: BTreeSet<u64>,
+    seen: u64,
+    /// Namespaces mounted elsewhere, by inode; none while it is being opened.
+    foreign: HashMap<u64, Option<Netns>>,
+    unmounted: VecDeque<u64>,
+    /// Cookies of nodes: agents' own namespaces.
+    agents: HashSet<u64>,
+    agents_read: Instant,
+    /// How many namespaces are being opened.
+    opening: usize,
+    /// Processes that were refused since the last look, by the cookie of their namespace.
+    reported: HashMap<u64, u32>,
+    /// Those of before, to be looked up when all that was seen then is open.
+    unresolved: HashMap<u64, u32>,
+    look_at: Option<Instant>,
+    looked: Instant,
+    caught_up: bool,
+    destinations_stale: bool,
+}
+
+impl Enroller {
+    pub(super) fn new(
+        config: LoadConfig,
+        loaded: Loaded,
+        mut snapshots: tokio::sync::watch::Receiver<Arc<Snapshot>>,
+        ask: Ask,
+        pods: mpsc::Sender<PodEvent>,
+    ) -> Result<Self, CaptureError> {
+        let failed = |source| CaptureError::Watch { path: config.netns_dir.clone(), source };
+        let directory = NetnsDir::watch(&config.netns_dir).map_err(failed)?;
+        let (messages, inbox) = mpsc::channel(QUEUE);
+        let (reporter, reports) = mpsc::channel(QUEUE);
+        let mut tasks = tokio::task::JoinSet::new();
+        tasks.spawn(loaded.program_log);
+        tasks.spawn(async move {
+            if let Err(error) = events::read(loaded.events, reporter).await {
+                tracing::warn!(%error, "cannot read what the programs tell; new pods are found by their files alone");
+            }
+        });
+        let snapshot = snapshots.borrow_and_update().clone();
+        let now = Instant::now();
+        Ok(Self {
+            config,
+            maps: loaded.maps,
+            lookup: loaded.lookup,
+            snapshots,
+            snapshot,
+            ask,
+            pods,
+            messages,
+            inbox: Some(inbox),
+            reports: Some(reports),
+            workers: Arc::new(Semaphore::new(WORKERS)),
+            tasks,
+            directory,
+            own: loaded.own,
+            names: HashMap::new(),
+            unripe: BTreeSet::new(),
+            tracked: HashMap::new(),
+            cookies: HashMap::new(),
+            holders: HashMap::new(),
+            vanished: BTreeSet::new(),
+            seen: 0,
+            foreign: HashMap::new(),
+            unmounted: VecDeque::new(),
+            agents: HashSet::new(),
+            agents_read: now,
+            opening: 0,
+            reported: HashMap::new(),
+            unresolved: HashMap::new(),
+            look_at: None,
+            looked: now,
+            caught_up: false,
+            destinations_stale: false,
+        })
+    }
+
+    /// Runs until `shutdown`, or until nobody receives pods.
+    pub(super) async fn run(mut self, shutdown: CancellationToken) -> Result<(), CaptureError> {
+        let failed = |source| CaptureError::Watch { path: super::mounts::OWN.into(), source };
+        let mounts = MountTable::watch().map_err(failed)?;
+        let Some(mut inbox) = self.inbox.take() else { return Ok(()) };
+        let Some(mut reports) = self.reports.take() else { return Ok(()) };
+        self.sync_tables();
+        self.look();
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return Ok(()),
+                () = self.pods.closed() => return Ok(()),
+                Some(message) = inbox.recv() => self.receive(message).await,
+                news = self.directory.next() => self.hear(news),
+                changed = mounts.changed() => {
+                    changed.map_err(failed)?;
+                    self.ripen();
+                    self.look_again(SETTLE);
+                }
+                Ok(()) = self.snapshots.changed() => self.advance().await,
+                Some(report) = reports.recv() => self.consider(report).await,
+                () = sleep_until(self.look_at) => self.look(),
+            }
+            self.reconcile_vanished().await;
+        }
+    }
+
+    /// Takes over the newest snapshot.
+    async fn advance(&mut self) {
+        let newest = self.snapshots.borrow_and_update().clone();
+        let judged_anew = !newest.same_policies(&self.snapshot);
+        self.snapshot = newest;
+        self.sync_tables();
+        if judged_anew {
+            self.tracked.values_mut().for_each(|tracked| tracked.judged = false);
+        }
+        for cookie in self.tracked.keys().copied().collect::<Vec<_>>() {
+            self.reconcile(cookie).await;
+        }
+    }
+
+    /// Brings the tables that are for all pods in line with the snapshot. What a predecessor knew stays until there is something
+    /// to put in its place.
+    fn sync_tables(&mut self) {
+        if !self.snapshot.synced() {
+            return;
+        }
+        let ranges = self.maps.sync_cluster_ranges(self.snapshot.cluster_ranges());
+        let destinations = self.maps.sync_destinations(self.snapshot.destinations());
+        let failed = ranges.and(destinations).err();
+        if let Some(error) = &failed
+            && !self.destinations_stale
+        {
+            tracing::error!(%error, "the kernel's table of the mesh is incomplete: some destinations are asked about, or missed");
+        }
+        self.destinations_stale = failed.is_some();
+    }
+
+    /// Runs what opens a namespace on a thread that may block, and has its message come back.
+    fn work(&mut self, job: impl FnOnce(&tokio::runtime::Handle) -> Message + Send + 'static) {
+        self.opening += 1;
+        self.spawn_blocking(job);
+    }
+
+    fn spawn_blocking(&mut self, job: impl FnOnce(&tokio::runtime::Handle) -> Message + Send + 'static) {
+        let (workers, messages) = (Arc::clone(&self.workers), self.messages.clone());
+        self.tasks.spawn(async move {
+            let Ok(permit) = workers.acquire_owned().await else { return };
+            let runtime = tokio::runtime::Handle::current();
+            let Ok(message) = tokio::task::spawn_blocking(move || job(&runtime)).await else { return };
+            drop(permit);
+            let _owner_is_gone = messages.send(message).await;
+        });
+    }
+
+    async fn receive(&mut self, message: Message) {
+        while self.tasks.try_join_next().is_some() {}
+        match message {
+            Message::Opened { name, result } => {
+                self.opening -= 1;
+                match result {
+                    Ok(Some(opened)) => self.track(name, opened).await,
+                    Ok(None) => self.unsettle(&name),
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot open a network namespace");
+                        self.unsettle(&name);
+                    }
+                }
+                self.catch_up();
+            }
+            Message::Foreign { inode, result } => {
+                self.opening -= 1;
+                self.exempt_foreign(inode, result);
+                self.catch_up();
+            }
+            Message::Unmounted { netns } => {
+                self.opening -= 1;
+                self.exempt_unmounted(netns);
+            }
+            Message::Addresses { cookie, addresses } => {
+                self.set_addresses(cookie, addresses);
+                self.reconcile(cookie).await;
+                self.reconcile_contested().await;
+            }
+            Message::Enrolled { cookie, workload, result } => self.finish_enrolment(cookie, workload, result).await,
+            Message::Answered { cookie, address, answered } => self.take_answer(cookie, address, answered).await,
+            Message::Retry { cookie } => {
+                if let Some(tracked) = self.tracked.get_mut(&cookie) {
+                    tracked.waiting = false;
+                    self.reconcile(cookie).await;
+                }
+            }
+        }
+    }
+
+    async fn track(&mut self, name: OsString, opened: Opened) {
+        let Opened { netns, watch, addresses, former } = opened;
+        let (cookie, inode) = (netns.cookie(), netns.inode());
+        if self.names.get(&name) != Some(&inode) {
+            // Another namespace, or none, is at the name by now. If this one is at no other name either, forget it.
+            if !self.tracked.contains_key(&cookie) && former.is_none() {
+                self.maps.forget_namespace(cookie);
+            }
+            self.visit(name);
+            return;
+        }
+        if let Some(tracked) = self.tracked.get_mut(&cookie) {
+            tracked.names.insert(name);
+            return;
+        }
+        let was_foreign = self.foreign.remove(&inode).is_some() || self.unmounted.contains(&cookie);
+        self.unmounted.retain(|unmounted| *unmounted != cookie);
+        let phase = match former {
+            Some(NamespaceState::Enrolled) => Phase::Inherited,
+            Some(NamespaceState::Exempt) if !was_foreign => Phase::Exempt,
+            Some(NamespaceState::Exempt | NamespaceState::Pending) | None => Phase::Pending,
+        };
+        if was_foreign {
+            self.mark(cookie, Namespace::pending());
+        }
+        self.seen += 1;
+        let mut tracked = Tracked::new(netns, name, phase, self.seen);
+        tracked.watcher = Some(tracked::watch_addresses(cookie, watch, self.messages.clone()));
+        self.cookies.insert(inode, cookie);
+        self.tracked.insert(cookie, tracked);
+        self.set_addresses(cookie, addresses);
+        self.reconcile(cookie).await;
+    }
+
+    /// Tells the programs what a namespace is.
+    fn mark(&self, cookie: u64, namespace: Namespace) {
+        if let Err(error) = self.maps.set_namespace(cookie, namespace) {
+            tracing::error!(%error, cookie, "the kernel does not take a namespace's state: it stays as it is");
+        }
+    }
+
+    /// Once everything that was there at the start is classified or closed: what is unseen from now on is refused.
+    fn catch_up(&mut self) {
+        if self.opening > 0 {
+            return;
+        }
+        for (cookie, process) in std::mem::take(&mut self.unresolved) {
+            self.resolve(process, cookie);
+        }
+        if std::mem::replace(&mut self.caught_up, true) {
+            return;
+        }
+        let known = |cookie: &u64| {
+            self.tracked.contains_key(cookie) || self.foreign.values().flatten().any(|netns| netns.cookie() == *cookie)
+        };
+        for cookie in self.maps.namespaces().into_iter().filter(|cookie| !known(cookie)) {
+            self.maps.forget_namespace(cookie);
+        }
+        for cookie in self.lookup.attached().into_iter().filter(|cookie| !known(cookie)) {
+            let _gone_with_its_namespace = self.lookup.detach(cookie);
+        }
+        for address in self.maps.admitted_addresses().into_iter().filter(|address| !self.holders.contains_key(address)) {
+            self.maps.forget_admissions(address);
+        }
+        if self.config.cgroup_root.is_none() {
+            self.tasks.spawn(keep_refusing(self.maps.clone()));
+        }
+    }
+
+    async fn consider(&mut self, report: Report) {
+        match report {
+            Report::PlaintextRefused { source, destination } => {
+                let _full = self.pods.try_send(PodEvent::PlaintextRefused { source, destination });
+            }
+            Report::UnseenNamespace { process, cookie } => {
+                if self.tracked.contains_key(&cookie) {
+                    // Another agent may have started in it: then it is a node.
+                    if self.agents_read.elapsed() > AGENTS_READ {
+                        self.read_agents();
+                        self.reconcile(cookie).await;
+                    }
+                } else if self.reported.len() < QUEUE && self.maps.namespace(cookie).is_none() {
+                    self.reported.insert(cookie, process);
+                    self.look_again(LOOK_PAUSE.saturating_sub(self.looked.elapsed()));
+                }
+            }
+        }
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Keeps the programs refusing namespaces that nobody has seen, for as long as the agent lives.
+async fn keep_refusing(maps: Maps) {
+    let mut tick = tokio::time::interval(LEASE / 3);
+    loop {
+        tick.tick().await;
+        let result = monotonic().map(|now| maps.set(|settings| settings.refuse_unseen_until_ns = now + LEASE.as_nanos() as u64));
+        if !matches!(result, Ok(Ok(()))) {
+            tracing::warn!("cannot renew the refusal of unseen namespaces");
+        }
+    }
+}
+
+/// `CLOCK_MONOTONIC` in ns, as the programs read it.
+fn monotonic() -> io::Result<u64> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
+    Ok(now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+}

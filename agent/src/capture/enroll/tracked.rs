@@ -1,0 +1,383 @@
+//! One namespace of the node's directory, and the steps that bring it to what it should be.
+//!
+//! Enters: the pure decision of [`classify`]. Leaves: the kernel and the rest of the agent in line with it.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use culvert_ebpf_common::Namespace;
+use tokio::io::Interest;
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+
+use super::classify::{self, Phase, Standing, Step};
+use super::setup::{Enrolled, Enrolment, SetupError};
+use super::{Enroller, FIRST_RETRY, LAST_RETRY, Message};
+use crate::capture::netns::AddressWatch;
+use crate::capture::routing::Routing;
+use crate::capture::{Listener, LocalPod, Netns, PodEvent, readiness};
+use crate::model::Workload;
+
+/// A namespace of the node's directory.
+pub(super) struct Tracked {
+    pub(super) netns: Netns,
+    pub(super) names: BTreeSet<OsString>,
+    pub(super) addresses: BTreeSet<IpAddr>,
+    /// Addresses that the controller has said to be nobody's.
+    pub(super) unknown: BTreeSet<IpAddr>,
+    pub(super) watcher: Option<AbortHandle>,
+    /// What it accepts is in line with the policies of the snapshot.
+    pub(super) judged: bool,
+    /// A retry is due.
+    pub(super) waiting: bool,
+    /// When it appeared, among all.
+    seen: u64,
+    phase: Phase,
+    pod: Option<Arc<LocalPod>>,
+    routing: Routing,
+    /// It is being enrolled.
+    busy: bool,
+    asking: bool,
+    retry: Duration,
+    contested: bool,
+}
+
+/// What a pod's namespace is after it has been released.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Release {
+    /// Closed, with its programs in place.
+    Closed,
+    /// None of ours.
+    Exempt,
+    /// Gone.
+    Gone,
+}
+
+impl Tracked {
+    pub(super) fn new(netns: Netns, name: OsString, phase: Phase, seen: u64) -> Self {
+        Self {
+            netns,
+            names: BTreeSet::from([name]),
+            addresses: BTreeSet::new(),
+            unknown: BTreeSet::new(),
+            watcher: None,
+            judged: false,
+            waiting: false,
+            seen,
+            phase,
+            pod: None,
+            routing: Routing::default(),
+            busy: false,
+            asking: false,
+            retry: FIRST_RETRY,
+            contested: false,
+        }
+    }
+
+    fn backoff(&mut self) -> Duration {
+        let delay = self.retry;
+        self.retry = (delay * 2).min(LAST_RETRY);
+        // Many pods that fail together do not try again together.
+        delay.mul_f64(rand::random_range(0.5..1.0))
+    }
+}
+
+impl Drop for Tracked {
+    fn drop(&mut self) {
+        if let Some(watcher) = &self.watcher {
+            watcher.abort();
+        }
+    }
+}
+
+/// Tells of changes of a namespace's addresses until it is stopped.
+pub(super) fn watch_addresses(cookie: u64, watch: AddressWatch, messages: mpsc::Sender<Message>) -> AbortHandle {
+    let task = tokio::spawn(async move {
+        let watch = readiness::register(watch, Interest::READABLE)?;
+        loop {
+            watch.readable().await?.clear_ready();
+            watch.get_ref().drain();
+            let addresses = watch.get_ref().addresses()?;
+            if messages.send(Message::Addresses { cookie, addresses }).await.is_err() {
+                return Ok::<(), std::io::Error>(());
+            }
+        }
+    });
+    task.abort_handle()
+}
+
+impl Enroller {
+    /// Brings a namespace to what it should be, as far as can be told now.
+    pub(super) async fn reconcile(&mut self, cookie: u64) {
+        let Some(tracked) = self.tracked.get(&cookie) else { return };
+        if tracked.busy || tracked.names.is_empty() {
+            return;
+        }
+        match self.step(cookie, tracked) {
+            Step::Stay => {}
+            Step::Ask(address) => self.ask(cookie, address),
+            Step::Close => self.release(cookie, Release::Closed).await,
+            Step::Exempt => self.release(cookie, Release::Exempt).await,
+            Step::Enrol(workload) => self.enrol(cookie, workload).await,
+            Step::Reenrol(workload) => {
+                self.release(cookie, Release::Closed).await;
+                self.enrol(cookie, workload).await;
+            }
+            Step::Update(workload) => self.update(cookie, workload),
+        }
+    }
+
+    fn step(&self, cookie: u64, tracked: &Tracked) -> Step {
+        let standing = if self.agents.contains(&cookie) {
+            Standing::Exempt
+        } else {
+            classify::classify(&tracked.addresses, &tracked.phase, &self.snapshot, &tracked.unknown)
+        };
+        classify::next(&tracked.phase, standing)
+    }
+
+    /// Releases the pods whose namespaces have no name any more, and forgets those.
+    pub(super) async fn reconcile_vanished(&mut self) {
+        if self.vanished.is_empty() {
+            return;
+        }
+        for cookie in std::mem::take(&mut self.vanished) {
+            let Some(tracked) = self.tracked.get(&cookie) else { continue };
+            if !tracked.names.is_empty() {
+                continue;
+            }
+            if tracked.busy {
+                self.vanished.insert(cookie);
+                continue;
+            }
+            self.release(cookie, Release::Gone).await;
+            self.set_addresses(cookie, BTreeSet::new());
+            if let Some(tracked) = self.tracked.remove(&cookie) {
+                self.cookies.remove(&tracked.netns.inode());
+            }
+        }
+        self.reconcile_contested().await;
+    }
+
+    /// Looks again at the namespaces that wait for another to give an address up.
+    pub(super) async fn reconcile_contested(&mut self) {
+        let contested: Vec<_> = self.tracked.iter().filter(|(_, tracked)| tracked.contested).map(|(cookie, _)| *cookie).collect();
+        for cookie in contested {
+            self.reconcile(cookie).await;
+        }
+    }
+
+    /// Notes a namespace's addresses.
+    pub(super) fn set_addresses(&mut self, cookie: u64, addresses: BTreeSet<IpAddr>) {
+        let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
+        for address in tracked.addresses.difference(&addresses) {
+            if let Some(holders) = self.holders.get_mut(address) {
+                holders.remove(&cookie);
+                if holders.is_empty() {
+                    self.holders.remove(address);
+                }
+            }
+        }
+        for address in &addresses {
+            self.holders.entry(*address).or_default().insert(cookie);
+        }
+        tracked.unknown.retain(|address| addresses.contains(address));
+        tracked.addresses = addresses;
+    }
+
+    fn ask(&mut self, cookie: u64, address: IpAddr) {
+        let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
+        if tracked.waiting || std::mem::replace(&mut tracked.asking, true) {
+            return;
+        }
+        let (answer, messages) = ((self.ask)(address), self.messages.clone());
+        self.tasks.spawn(async move {
+            let answered = answer.await.is_some();
+            let _owner_is_gone = messages.send(Message::Answered { cookie, address, answered }).await;
+        });
+    }
+
+    pub(super) async fn take_answer(&mut self, cookie: u64, address: IpAddr, answered: bool) {
+        // What the answer changed is in the channel before the answer is.
+        if self.snapshots.has_changed().unwrap_or(false) {
+            self.advance().await;
+        }
+        let known = self.snapshot.workload_at(address).is_some();
+        let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
+        tracked.asking = false;
+        if answered {
+            if !known {
+                tracked.unknown.insert(address);
+            }
+            self.reconcile(cookie).await;
+        } else {
+            self.retry(cookie);
+        }
+    }
+
+    /// Looks at a namespace again after a while.
+    fn retry(&mut self, cookie: u64) {
+        let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
+        if std::mem::replace(&mut tracked.waiting, true) {
+            return;
+        }
+        let (delay, messages) = (tracked.backoff(), self.messages.clone());
+        self.tasks.spawn(async move {
+            tokio::time::sleep(delay).await;
+            let _owner_is_gone = messages.send(Message::Retry { cookie }).await;
+        });
+    }
+
+    async fn enrol(&mut self, cookie: u64, workload: Arc<Workload>) {
+        if !self.claim(cookie, &workload).await {
+            return;
+        }
+        let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
+        if tracked.waiting {
+            return;
+        }
+        tracked.busy = true;
+        let (netns, routing) = (tracked.netns.clone(), tracked.routing.clone());
+        let (maps, lookup, snapshot) = (self.maps.clone(), self.lookup.clone(), Arc::clone(&self.snapshot));
+        self.spawn_blocking(move |runtime| {
+            let runtime = runtime.clone();
+            let enrolment = Enrolment { netns, workload, snapshot, routing, maps, lookup, runtime };
+            let result = enrolment.run();
+            Message::Enrolled { cookie, workload: enrolment.workload, result }
+        });
+    }
+
+    /// Whether a namespace may be enrolled as this workload: only one can be, and it is the one that was enrolled first for as long
+    /// as its own object is there; else the one that appeared last.
+    async fn claim(&mut self, cookie: u64, workload: &Workload) -> bool {
+        let Some(seen) = self.tracked.get(&cookie).map(|tracked| tracked.seen) else { return false };
+        let rivals: Vec<u64> = workload
+            .addresses
+            .iter()
+            .flat_map(|address| self.holders.get(address).into_iter().flatten())
+            .copied()
+            .filter(|rival| *rival != cookie && !self.agents.contains(rival))
+            .collect();
+        for rival in rivals {
+            let Some(other) = self.tracked.get(&rival) else { continue };
+            let established = match &other.phase {
+                Phase::Enrolled(current) => self.snapshot.workload(&current.uid).is_some(),
+                Phase::Pending | Phase::Exempt | Phase::Inherited => false,
+            };
+            if established || other.seen > seen || other.busy {
+                self.contest(cookie, workload);
+                return false;
+            }
+            if other.pod.is_some() {
+                self.release(rival, Release::Closed).await;
+            }
+        }
+        if let Some(tracked) = self.tracked.get_mut(&cookie) {
+            tracked.contested = false;
+        }
+        true
+    }
+
+    fn contest(&mut self, cookie: u64, workload: &Workload) {
+        let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
+        if !std::mem::replace(&mut tracked.contested, true) {
+            tracing::warn!(
+                pod = %workload.name,
+                namespace = workload.identity.namespace(),
+                "another network namespace has the pod's address: this one stays closed until that is gone"
+            );
+        }
+    }
+
+    pub(super) async fn finish_enrolment(&mut self, cookie: u64, workload: Arc<Workload>, result: Result<Enrolled, SetupError>) {
+        let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
+        tracked.busy = false;
+        let made = result.and_then(|enrolled| {
+            let listeners = enrolled.listeners.into_iter().map(|(kind, address, socket)| Listener::new(kind, address, socket));
+            let listeners: std::io::Result<Vec<_>> = listeners.collect();
+            Ok((enrolled.routing, listeners.map_err(SetupError::Listener)?))
+        });
+        match made {
+            Ok((routing, listeners)) => {
+                tracked.retry = FIRST_RETRY;
+                tracked.judged = false;
+                tracked.phase = Phase::Enrolled(Arc::clone(&workload));
+                let pod = Arc::new(LocalPod::new(tracked.netns.clone(), Arc::clone(&workload), Some(routing)));
+                tracked.pod = Some(Arc::clone(&pod));
+                tracing::info!(pod = %workload.name, namespace = workload.identity.namespace(), "enrolled");
+                let _nobody_serves = self.pods.send(PodEvent::Enrolled { pod, listeners }).await;
+                self.reconcile(cookie).await;
+            }
+            Err(error) => {
+                tracing::warn!(%error, pod = %workload.name, namespace = workload.identity.namespace(), "cannot enrol; the pod stays closed");
+                self.withdraw(cookie, &workload.addresses, Release::Closed);
+                self.retry(cookie);
+            }
+        }
+    }
+
+    /// What an enrolled pod accepts may have changed.
+    fn update(&mut self, cookie: u64, workload: Arc<Workload>) {
+        let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
+        let Phase::Enrolled(current) = &tracked.phase else { return };
+        if tracked.judged && Arc::ptr_eq(current, &workload) {
+            return;
+        }
+        let wanted = classify::admissions(&workload, &self.snapshot);
+        let result = workload.addresses.iter().try_for_each(|address| self.maps.set_admissions(*address, &wanted));
+        if let Some(pod) = &tracked.pod {
+            pod.set_workload(Arc::clone(&workload));
+        }
+        tracked.phase = Phase::Enrolled(workload);
+        tracked.judged = result.is_ok();
+        if let Err(error) = result {
+            tracing::error!(%error, "the kernel does not take what a pod accepts: trying again");
+            self.retry(cookie);
+        }
+    }
+
+    /// Ends a pod's enrolment, if there is one, and marks its namespace.
+    async fn release(&mut self, cookie: u64, release: Release) {
+        let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
+        tracked.contested = false;
+        let pod = tracked.pod.take();
+        let inherited = tracked.phase == Phase::Inherited;
+        let alone = |address: &&IpAddr| self.holders.get(*address).is_none_or(|holders| holders.len() < 2);
+        let addresses = match &pod {
+            Some(pod) => pod.addresses.clone(),
+            None if inherited => tracked.addresses.iter().filter(alone).copied().collect(),
+            None => Vec::new(),
+        };
+        self.withdraw(cookie, &addresses, release);
+        let Some(pod) = pod else { return };
+        if release == Release::Gone {
+            pod.gone.cancel();
+        }
+        pod.released.cancel();
+        tracing::info!(pod = %pod.workload().name, namespace = pod.workload().identity.namespace(), ?release, "released");
+        let _nobody_serves = self.pods.send(PodEvent::Released(pod)).await;
+    }
+
+    /// Takes a namespace's entries out of the kernel, in the reverse order of enrolment.
+    fn withdraw(&mut self, cookie: u64, addresses: &[IpAddr], release: Release) {
+        let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
+        tracked.phase = if release == Release::Exempt { Phase::Exempt } else { Phase::Pending };
+        match release {
+            Release::Closed => self.mark(cookie, Namespace::pending()),
+            Release::Exempt => self.mark(cookie, Namespace::exempt()),
+            Release::Gone => self.maps.forget_namespace(cookie),
+        }
+        if release != Release::Closed
+            && let Err(error) = self.lookup.detach(cookie)
+        {
+            tracing::warn!(%error, cookie, "cannot detach from a network namespace");
+        }
+        for address in addresses {
+            self.maps.forget_listeners(*address);
+            self.maps.forget_admissions(*address);
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! Loads the programs, attaches them, and takes over from a predecessor.
+//!
+//! Enters: the embedded object and the operator's choice of directories. Leaves: attached programs whose links and maps are pinned,
+//! so that they stay in force when the agent is gone. The new programs are attached before the old ones are detached, and
+//! both decide from the same maps: there is never a moment without programs.
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use aya::maps::{Map, MapData, RingBuf};
+use aya::programs::links::FdLink;
+use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SkLookup, SockOps};
+use aya::util::KernelVersion;
+use aya::{Ebpf, EbpfLoader};
+use culvert_ebpf_common::LAYOUT;
+use futures_util::future::BoxFuture;
+use tokio::io::Interest;
+
+use super::cgroup::CgroupRoot;
+use super::maps::Maps;
+use super::{CaptureError, LoadConfig, Netns, bpffs, mounts, readiness, routing};
+
+/// The programs, as `agent/build.rs` compiled them. Empty in a build without a compiler for them.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert-ebpf"));
+
+const PINNED_MAPS: [&str; 12] = [
+    "SETTINGS",
+    "AGENT_PROCESSES",
+    "NAMESPACES",
+    "DESTINATIONS",
+    "CLUSTER_RANGES",
+    "SOCKETS",
+    "CAPTURED",
+    "ATTESTED",
+    "ADMISSIONS",
+    "LISTENERS",
+    "OUTCOMES",
+    "EVENTS",
+];
+const CGROUP_PROGRAMS: [&str; 5] = ["connect4", "connect6", "getpeername4", "getpeername6", "sock_ops"];
+const LOOKUP_PROGRAM: &str = "socket_lookup";
+/// Links of pods, by the cookie of their network namespace.
+const PODS: &str = "pods";
+/// The name under which a link is pinned until it takes its predecessor's place.
+const NEXT: &str = "-next";
+/// Where the agent's own socket connects to be noted: the discard port, which need not be open.
+const NOWHERE: ([u8; 4], u16) = ([127, 0, 0, 1], 9);
+
+/// What is loaded and attached.
+pub(super) struct Loaded {
+    pub(super) maps: Maps,
+    pub(super) lookup: LookupProgram,
+    pub(super) events: RingBuf<MapData>,
+    /// Writes what the programs log to the agent's log, for ever.
+    pub(super) program_log: BoxFuture<'static, ()>,
+    /// The agent's own namespace.
+    pub(super) own: Netns,
+}
+
+/// The `sk_lookup` program, to be attached to each pod.
+#[derive(Clone)]
+pub(super) struct LookupProgram {
+    ebpf: Arc<Mutex<Ebpf>>,
+    pins: PathBuf,
+}
+
+/// Loads and attaches everything; see the module's documentation.
+pub(super) fn load(config: &LoadConfig) -> Result<Loaded, CaptureError> {
+    if OBJECT.is_empty() {
+        return Err(CaptureError::NoPrograms);
+    }
+    let own = Netns::current().map_err(CaptureError::OwnNetns)?;
+    let cgroup = CgroupRoot::open(config.cgroup_root.as_deref())?;
+    let pins = prepare_pins(&config.bpf_dir).map_err(|source| CaptureError::Pins { path: config.bpf_dir.clone(), source })?;
+    let mut ebpf = load_object(&pins)?;
+    let maps = Maps::take(&mut ebpf)?;
+    let events = take_events(&mut ebpf)?;
+    initialise(&maps, &own, config.cgroup_root.is_some())?;
+    for name in CGROUP_PROGRAMS {
+        attach(&mut ebpf, name, &cgroup, &pins)?;
+    }
+    lookup_program(&mut ebpf)?.load().map_err(refused(LOOKUP_PROGRAM))?;
+    note_this_process(&maps, &cgroup, &config.node)?;
+    // Only now: the logger takes a map that the programs name until they are loaded.
+    let program_log = program_log(&mut ebpf);
+    let lookup = LookupProgram { ebpf: Arc::new(Mutex::new(ebpf)), pins: pins.join(PODS) };
+    Ok(Loaded { maps, lookup, events, program_log, own })
+}
+
+fn program_log(ebpf: &mut Ebpf) -> BoxFuture<'static, ()> {
+    let logger = aya_log::EbpfLogger::init(ebpf);
+    Box::pin(async move {
+        let logger = logger.map_err(io::Error::other);
+        let Ok(mut logger) = logger.and_then(|logger| readiness::register(logger, Interest::READABLE)) else {
+            tracing::debug!("the programs' own log is not read");
+            return std::future::pending().await;
+        };
+        while let Ok(mut ready) = logger.readable_mut().await {
+            ready.get_inner_mut().flush();
+            ready.clear_ready();
+        }
+    })
+}
+
+fn prepare_pins(directory: &Path) -> io::Result<PathBuf> {
+    let pins = bpffs::prepare(directory)?.join(format!("v{LAYOUT}"));
+    fs::create_dir_all(pins.join(PODS))?;
+    Ok(pins)
+}
+
+fn load_object(pins: &Path) -> Result<Ebpf, CaptureError> {
+    let has_set_retval = u32::from(KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(5, 18, 0)));
+    let mut loader = EbpfLoader::new();
+    loader.override_global("HAS_SET_RETVAL", &has_set_retval, true);
+    for name in PINNED_MAPS {
+        loader.map_pin_path(name, pins.join(name));
+    }
+    Ok(loader.load(OBJECT)?)
+}
+
+fn take_events(ebpf: &mut Ebpf) -> Result<RingBuf<MapData>, CaptureError> {
+    let map = ebpf.take_map("EVENTS").ok_or(CaptureError::NoMap { map: "EVENTS" })?;
+    RingBuf::try_from(map).map_err(|source| CaptureError::Map { map: "EVENTS", source })
+}
+
+/// What the programs must know before they are attached. On a tree of its own, what was not seen is refused from the start.
+fn initialise(maps: &Maps, own: &Netns, dedicated: bool) -> Result<(), CaptureError> {
+    let first = Netns::open(Path::new("/proc/1/ns/net")).ok().flatten();
+    let change = |settings: &mut culvert_ebpf_common::Settings| {
+        settings.host_cookies = [first.map_or(own.cookie(), |netns| netns.cookie()), own.cookie()];
+        settings.agent_mark = 0;
+        if dedicated {
+            settings.refuse_unseen_until_ns = u64::MAX;
+        }
+    };
+    maps.set(change).map_err(|source| CaptureError::Map { map: "SETTINGS", source })
+}
+
+/// Attaches a program to the cgroup, and puts its link in the place of the predecessor's, which detaches that.
+fn attach(ebpf: &mut Ebpf, name: &'static str, cgroup: &CgroupRoot, pins: &Path) -> Result<(), CaptureError> {
+    let program = ebpf.program_mut(name).ok_or(CaptureError::NoProgram { program: name })?;
+    let mode = CgroupAttachMode::AllowMultiple;
+    let link: FdLink = if let Program::SockOps(program) = program {
+        let program: &mut SockOps = program;
+        program.load().map_err(refused(name))?;
+        let id = program.attach(&cgroup.directory, mode).map_err(refused(name))?;
+        let link = program.take_link(id).map_err(refused(name))?;
+        link.try_into().map_err(|source| CaptureError::Link { program: name, source })?
+    } else {
+        let program: &mut CgroupSockAddr = program.try_into().map_err(refused(name))?;
+        program.load().map_err(refused(name))?;
+        let id = program.attach(&cgroup.directory, mode).map_err(refused(name))?;
+        let link = program.take_link(id).map_err(refused(name))?;
+        link.try_into().map_err(|source| CaptureError::Link { program: name, source })?
+    };
+    pin(link, pins, name).map_err(|source| CaptureError::Pins { path: pins.join(name), source })
+}
+
+/// Pins a link under `name`. One that is there is replaced, and so detached, without a moment in which neither is attached.
+fn pin(link: FdLink, directory: &Path, name: &str) -> io::Result<()> {
+    let next = directory.join(format!("{name}{NEXT}"));
+    match fs::remove_file(&next) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    link.pin(&next).map_err(io::Error::other)?;
+    fs::rename(&next, directory.join(name))
+}
+
+fn lookup_program(ebpf: &mut Ebpf) -> Result<&mut SkLookup, CaptureError> {
+    let program = ebpf.program_mut(LOOKUP_PROGRAM).ok_or(CaptureError::NoProgram { program: LOOKUP_PROGRAM })?;
+    program.try_into().map_err(refused(LOOKUP_PROGRAM))
+}
+
+fn refused(program: &'static str) -> impl Fn(ProgramError) -> CaptureError {
+    move |source| CaptureError::Program { program, source }
+}
+
+/// Has the programs note this process as the agent. They alone know its number as the kernel counts; and only who can read the
+/// settings map knows the mark by which they tell it.
+fn note_this_process(maps: &Maps, cgroup: &CgroupRoot, node: &str) -> Result<(), CaptureError> {
+    let table = |map| move |source| CaptureError::Map { map, source };
+    maps.age_agents().map_err(table("AGENT_PROCESSES"))?;
+    let mark = rand::random_range(1..=u32::MAX);
+    maps.set(|settings| settings.agent_mark = mark).map_err(table("SETTINGS"))?;
+    let noted = connect_marked(mark).map_err(CaptureError::Mark).and_then(|()| match maps.noted_agent() {
+        Some(process) => Ok(process),
+        None => {
+            // The hooks do not run for this process: it is outside of the cgroup that they are attached to.
+            cgroup.adopt_self(&format!("culvert-agent-{node}"))?;
+            connect_marked(mark).map_err(CaptureError::Mark)?;
+            maps.noted_agent().ok_or(CaptureError::NotNoted)
+        }
+    });
+    maps.set(|settings| settings.agent_mark = 0).map_err(table("SETTINGS"))?;
+    maps.forget_former_agents(noted?).map_err(table("AGENT_PROCESSES"))
+}
+
+/// Only has the programs run: whether there is somebody to connect to does not matter.
+fn connect_marked(mark: u32) -> io::Result<()> {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM.nonblocking(), None)?;
+    socket.set_mark(mark)?;
+    let _refused_or_in_progress = socket.connect(&SocketAddr::from(NOWHERE).into());
+    Ok(())
+}
+
+impl LookupProgram {
+    /// Attaches the program to a pod's namespace; the link stays when the agent is gone.
+    pub(super) fn attach(&self, netns: &Netns) -> Result<(), CaptureError> {
+        let mut ebpf = self.ebpf.lock().unwrap_or_else(PoisonError::into_inner);
+        let program = lookup_program(&mut ebpf)?;
+        let id = program.attach(netns).map_err(refused(LOOKUP_PROGRAM))?;
+        let link = program.take_link(id).map_err(refused(LOOKUP_PROGRAM))?;
+        drop(ebpf);
+        let name = netns.cookie().to_string();
+        pin(link.into(), &self.pins, &name).map_err(|source| CaptureError::Pins { path: self.pins.join(name), source })
+    }
+
+    /// Detaches the program from a pod's namespace.
+    pub(super) fn detach(&self, cookie: u64) -> io::Result<()> {
+        match fs::remove_file(self.pins.join(cookie.to_string())) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// The cookies of the namespaces that a link is pinned for.
+    pub(super) fn attached(&self) -> Vec<u64> {
+        let entries = fs::read_dir(&self.pins).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+    }
+}
+
+/// The cookies of all agents' own namespaces on this kernel, by what their settings say: they are nodes, not pods. Only who may
+/// make maps can make a namespace pass for an agent's.
+pub(super) fn agents_netns() -> Vec<u64> {
+    let settings = aya::maps::loaded_maps().flatten().filter(|map| map.name() == b"SETTINGS");
+    let cookies = settings.filter_map(|map| {
+        let data = MapData::from_id(map.id()).ok()?;
+        let table = aya::maps::Array::<_, culvert_ebpf_common::Settings>::try_from(Map::Array(data)).ok()?;
+        Some(table.get(&0, 0).ok()?.host_cookies)
+    });
+    cookies.flatten().filter(|cookie| *cookie != 0).collect()
+}
+
+/// Takes everything of the agent's of `bpf_dir` out of the kernel: programs, maps, and the routing in pods. For a node that leaves
+/// the mesh; connections that the agent carries must have ended.
+///
+/// # Errors
+/// All steps are tried; the failures, each with its path, are in the error.
+pub fn remove(bpf_dir: &Path) -> Result<(), CaptureError> {
+    let mut failures = Vec::new();
+    let Some(found) = bpffs::find(bpf_dir) else { return Ok(()) };
+    let layouts = match fs::read_dir(&found) {
+        Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => {
+            failures.push(format!("{}: {error}", found.display()));
+            Vec::new()
+        }
+    };
+    let mut attempt = |path: &Path, result: io::Result<()>| {
+        if let Err(error) = result {
+            failures.push(format!("{}: {error}", path.display()));
+        }
+    };
+    for layout in layouts {
+        // Capture first: what is let through then still meets its destination's rules.
+        for name in CGROUP_PROGRAMS {
+            attempt(&layout.join(name), remove_pin(&layout.join(name)));
+        }
+        attempt(&layout, fs::remove_dir_all(&layout));
+    }
+    attempt(&found, fs::remove_dir(&found));
+    for mount in mounts::read(Path::new(mounts::OWN)).unwrap_or_default() {
+        if mount.netns_inode().is_some()
+            && let Ok(Some(netns)) = Netns::open(&mount.point)
+        {
+            attempt(&mount.point, netns.enter(|| routing::undo_here(false)));
+        }
+    }
+    if failures.is_empty() { Ok(()) } else { Err(CaptureError::Remove { failures }) }
+}
+
+fn remove_pin(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
