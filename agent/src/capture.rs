@@ -90,6 +90,9 @@ pub enum PodEvent {
         /// Its listeners, to be dropped when [`LocalPod::released`] says so.
         listeners: Vec<Listener>,
     },
+    /// What a pod accepts, or the policies for it, may have changed, and the kernel rules by the new state from here on: its open
+    /// connections are to be held against it.
+    Updated(Arc<LocalPod>),
     /// A pod has left the mesh, or the node.
     Released(Arc<LocalPod>),
     /// The kernel refused a plaintext connection to an enrolled pod. Sent while there is room: for logs, not for decisions.

@@ -126,7 +126,7 @@ impl Enroller {
                 self.release(cookie, Release::Closed).await;
                 self.enrol(cookie, workload).await;
             }
-            Step::Update(workload) => self.update(cookie, workload),
+            Step::Update(workload) => self.update(cookie, workload).await,
         }
     }
 
@@ -320,7 +320,7 @@ impl Enroller {
     }
 
     /// What an enrolled pod accepts may have changed.
-    fn update(&mut self, cookie: u64, workload: Arc<Workload>) {
+    async fn update(&mut self, cookie: u64, workload: Arc<Workload>) {
         let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
         let Phase::Enrolled(current) = &tracked.phase else { return };
         if tracked.judged && Arc::ptr_eq(current, &workload) {
@@ -331,11 +331,15 @@ impl Enroller {
         if let Some(pod) = &tracked.pod {
             pod.set_workload(Arc::clone(&workload));
         }
+        let updated = tracked.pod.clone().map(PodEvent::Updated);
         tracked.phase = Phase::Enrolled(workload);
         tracked.judged = result.is_ok();
         if let Err(error) = result {
             tracing::error!(%error, "the kernel does not take what a pod accepts: trying again");
             self.retry(cookie);
+        }
+        if let Some(updated) = updated {
+            let _nobody_serves = self.pods.send(updated).await;
         }
     }
 
