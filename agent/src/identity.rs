@@ -20,6 +20,8 @@ pub mod store;
 pub mod svid;
 #[cfg(test)]
 pub(crate) mod test_authority;
+#[cfg(test)]
+pub(crate) mod test_server;
 
 pub use bundle::TrustBundle;
 pub use channel::ControllerEndpoint;

@@ -44,8 +44,7 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     let drain = Drain::new();
     tokio::spawn(drain.clone().on_signal(StopSignals::install().context("taking over the signals")?));
 
-    let url = format!("https://{}", config.controller);
-    let endpoint = ControllerEndpoint::new(&url, &config.root_cert, &config.token_file).context("--controller")?;
+    let endpoint = ControllerEndpoint::new(&config.controller.to_string(), &config.root_cert, &config.token_file).context("--controller")?;
     let discovery = Discovery::start(DiscoveryConfig {
         endpoint: endpoint.clone(),
         node: config.node.as_str().into(),

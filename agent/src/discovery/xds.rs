@@ -27,8 +27,8 @@ use crate::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Nod
 
 const RECONNECT_LEAST: Duration = Duration::from_millis(200);
 const RECONNECT_MOST: Duration = Duration::from_secs(15);
-/// A stream that lasted this long was in order: the next reconnect is at once.
-const GOOD_STREAM: Duration = Duration::from_secs(10);
+/// A stream that lasted this long was in order: the waits start anew.
+const GOOD_STREAM: Duration = Duration::from_secs(2);
 /// How long a control plane may take to take up the stream; one that has nothing to say yet may hold its first words back.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the mesh's settings are waited for once all else is answered.

@@ -334,10 +334,10 @@ async fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, ConnectError> 
     Ok(content)
 }
 
+#[expect(clippy::wildcard_enum_match_arm, reason = "the library's enum grows; only one case is about the certificate")]
 fn certificate_error(error: &io::Error) -> Option<CertificateError> {
     match error.get_ref()?.downcast_ref::<rustls::Error>()? {
         rustls::Error::InvalidCertificate(cause) => Some(cause.clone()),
-        #[expect(clippy::wildcard_enum_match_arm, reason = "the library's enum grows; only one case is about the certificate")]
         _ => None,
     }
 }

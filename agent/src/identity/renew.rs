@@ -29,6 +29,8 @@ const SLEEP_MOST: Duration = Duration::from_secs(30);
 const ROOTS_INTERVAL: Duration = Duration::from_secs(10);
 /// The longest wait between attempts while somebody waits for the SVID.
 const WAITED_FOR_MOST: Duration = Duration::from_secs(1);
+/// The failures to get a first SVID that are not worth a warning: the controller may hear of a new pod a moment after its agent.
+const FIRST_PATIENCE: u32 = 4;
 /// How long an attempt may take, whatever the issuer does.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -147,7 +149,7 @@ impl Entry {
         let step = match self.slot.load().as_ref() {
             Some(svid) if svid.expired(now) => Reported::Expired,
             Some(svid) if self.failures > 0 && now >= svid.not_after - svid.life() / 4 => Reported::Warned,
-            None if self.failures > 0 => Reported::Warned,
+            None if self.failures >= FIRST_PATIENCE => Reported::Warned,
             Some(_) | None => Reported::Nothing,
         };
         if step <= self.reported {

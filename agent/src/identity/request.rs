@@ -135,3 +135,82 @@ fn issue_error(status: &Status) -> IssueError {
 fn unreachable(cause: String) -> IssueError {
     IssueError::Unreachable { cause: cause.into() }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::time::SystemTime;
+
+    use tonic::service::Routes;
+    use tonic::{Request, Response};
+
+    use super::*;
+    use crate::identity::SystemClock;
+    use crate::identity::test_authority::{TestAuthority, now, seconds};
+    use crate::identity::test_server::{TestServer, authenticate};
+    use crate::proto::ca::IstioCertificateResponse;
+    use crate::proto::ca::istio_certificate_service_server::{IstioCertificateService, IstioCertificateServiceServer};
+
+    const ID: &str = "spiffe://cluster.local/ns/shop/sa/cart";
+
+    #[tokio::test]
+    async fn the_controller_is_asked_for_the_identity_and_the_life_and_its_answer_is_an_svid() {
+        let service = Arc::new(Service { authority: TestAuthority::new("mesh"), asked: Mutex::default() });
+        let server = TestServer::start(Routes::new(IstioCertificateServiceServer::from_arc(Arc::clone(&service)))).await;
+        let issuer = ControllerIssuer::new(server.endpoint(), Duration::from_secs(90));
+        let svid = ask(&issuer, ID).await.expect("issued");
+        assert_eq!(svid.id.to_string(), ID);
+        assert_eq!(*service.asked.lock().expect("no panic"), Some((ID.to_owned(), 90)));
+    }
+
+    #[tokio::test]
+    async fn a_refusal_keeps_the_controllers_words_and_a_silence_its_cause() {
+        let service = Service { authority: TestAuthority::new("mesh"), asked: Mutex::default() };
+        let mut server = TestServer::start(Routes::new(IstioCertificateServiceServer::new(service))).await;
+        let issuer = ControllerIssuer::new(server.endpoint(), Duration::from_secs(90));
+        let error = ask(&issuer, "spiffe://cluster.local/ns/shop/sa/elsewhere").await.expect_err("refused");
+        assert_eq!(error.to_string(), "the controller refused: it runs on another node");
+        std::fs::write(&server.token, "wrong").expect("written");
+        let error = ask(&issuer, ID).await.expect_err("refused");
+        assert_eq!(error.to_string(), "the controller refused: the token: no such token");
+        std::fs::write(&server.token, "").expect("written");
+        assert!(ask(&issuer, ID).await.expect_err("no token").to_string().contains("holds no token"));
+        std::fs::write(&server.token, "secret").expect("written");
+        ask(&issuer, ID).await.expect("the same issuer recovers");
+        server.stop().await;
+        let issuer = ControllerIssuer::new(server.endpoint(), Duration::from_secs(90));
+        let error = ask(&issuer, ID).await.expect_err("gone").to_string();
+        assert!(error.contains("cannot be reached: connection refused"), "{error}");
+    }
+
+    async fn ask(issuer: &ControllerIssuer, id: &str) -> Result<Svid, SvidError> {
+        obtain(issuer, &id.parse().expect("a legal id"), &TrustBundle::empty(), &SystemClock).await
+    }
+
+    struct Service {
+        authority: TestAuthority,
+        asked: Mutex<Option<(String, i64)>>,
+    }
+
+    #[tonic::async_trait]
+    impl IstioCertificateService for Service {
+        async fn create_certificate(
+            &self,
+            request: Request<IstioCertificateRequest>,
+        ) -> Result<Response<IstioCertificateResponse>, Status> {
+            authenticate(&request)?;
+            let message = request.into_inner();
+            let identity = message.metadata.and_then(|mut metadata| metadata.fields.remove("ImpersonatedIdentity"));
+            let Some(Kind::StringValue(identity)) = identity.and_then(|identity| identity.kind) else {
+                return Err(Status::invalid_argument("no identity"));
+            };
+            if identity.ends_with("elsewhere") {
+                return Err(Status::permission_denied("it runs on another node"));
+            }
+            *self.asked.lock().expect("no panic") = Some((identity, message.validity_duration));
+            let begin: SystemTime = now() - seconds(1);
+            let cert_chain = self.authority.sign(&message.csr, begin, begin + seconds(91));
+            Ok(Response::new(IstioCertificateResponse { cert_chain }))
+        }
+    }
+}

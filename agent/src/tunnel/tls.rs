@@ -105,6 +105,7 @@ pub fn server_name() -> ServerName<'static> {
 
 /// What a failed handshake, or the first read after it, says: a server's refusal of the client's certificate reaches the client
 /// only after its own handshake is complete (RFC 8446, section 4.4.2.4).
+#[expect(clippy::wildcard_enum_match_arm, reason = "the library's enum grows; the rest keeps the library's words")]
 #[must_use]
 pub fn handshake_fault(error: &io::Error) -> HandshakeFault<'_> {
     let Some(error) = error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>()) else {
@@ -117,7 +118,6 @@ pub fn handshake_fault(error: &io::Error) -> HandshakeFault<'_> {
         },
         rustls::Error::NoCertificatesPresented => HandshakeFault::NoCertificate,
         rustls::Error::AlertReceived(alert) if about_certificate(*alert) => HandshakeFault::RefusedByPeer(*alert),
-        #[expect(clippy::wildcard_enum_match_arm, reason = "the library's enum grows; the rest keeps the library's words")]
         other => HandshakeFault::Protocol(other),
     }
 }

@@ -130,17 +130,13 @@ pub(super) struct ClientVerifier {
 }
 
 impl ServerVerifier {
-    fn check(&self, leaf: &CertificateDer<'_>, intermediates: &[CertificateDer<'_>], now: UnixTime) -> Result<(), VerifyError> {
+    fn check(&self, leaf: &CertificateDer<'_>, intermediates: &[CertificateDer<'_>], now: UnixTime) -> Result<(), rustls::Error> {
         let chain = Chain { leaf, intermediates, bundle: &self.bundle, algorithms: self.algorithms(), now };
-        chain
-            .verify(Peer::Server)
-            .and_then(|id| if self.expected.contains(&id) { Ok(()) } else { Err(PeerFault::OtherWorkload) })
-            .map_err(|fault| VerifyError {
-                peer: Peer::Server,
-                claimed: chain.claimed(),
-                wanted: self.expected.iter().map(|id| format!("`{id}`")).collect::<Vec<_>>().join(" or "),
-                fault,
-            })
+        let meant = |id| if self.expected.contains(&id) { Ok(()) } else { Err(PeerFault::OtherWorkload) };
+        chain.verify(Peer::Server).and_then(meant).map_err(|fault| {
+            let wanted: Vec<_> = self.expected.iter().map(|id| format!("`{id}`")).collect();
+            chain.refusal(Peer::Server, wanted.join(" or "), fault)
+        })
     }
 
     fn algorithms(&self) -> &WebPkiSupportedAlgorithms {
@@ -149,17 +145,15 @@ impl ServerVerifier {
 }
 
 impl ClientVerifier {
-    fn check(&self, leaf: &CertificateDer<'_>, intermediates: &[CertificateDer<'_>], now: UnixTime) -> Result<(), VerifyError> {
+    fn check(&self, leaf: &CertificateDer<'_>, intermediates: &[CertificateDer<'_>], now: UnixTime) -> Result<(), rustls::Error> {
         let chain = Chain { leaf, intermediates, bundle: &self.bundle, algorithms: self.algorithms(), now };
         let own_domain = |id: SpiffeId| match id.trust_domain() {
             domain if *domain == self.trust_domain => Ok(()),
             other => Err(PeerFault::OtherTrustDomain { is: other.clone() }),
         };
-        chain.verify(Peer::Client).and_then(own_domain).map_err(|fault| VerifyError {
-            peer: Peer::Client,
-            claimed: chain.claimed(),
-            wanted: format!("a workload of trust domain `{}`", self.trust_domain),
-            fault,
+        chain.verify(Peer::Client).and_then(own_domain).map_err(|fault| {
+            let wanted = format!("a workload of trust domain `{}`", self.trust_domain);
+            chain.refusal(Peer::Client, wanted, fault)
         })
     }
 
@@ -268,10 +262,12 @@ impl Chain<'_> {
         named_workload(&parse(self.leaf)?).map_err(PeerFault::Name)
     }
 
-    fn claimed(&self) -> Option<SpiffeId> {
-        named_workload(&parse(self.leaf).ok()?).ok()
+    fn refusal(&self, peer: Peer, wanted: String, fault: PeerFault) -> rustls::Error {
+        let claimed = parse(self.leaf).ok().and_then(|leaf| named_workload(&leaf).ok());
+        VerifyError { peer, claimed, wanted, fault }.into()
     }
 
+    #[expect(clippy::wildcard_enum_match_arm, reason = "the library's enum grows; the rest keeps the library's words")]
     fn fault(&self, peer: Peer, error: webpki::Error) -> PeerFault {
         match error {
             webpki::Error::CertExpired { time, not_after } => {
@@ -286,7 +282,6 @@ impl Chain<'_> {
             },
             webpki::Error::CaUsedAsEndEntity => PeerFault::AuthorityAsLeaf,
             webpki::Error::RequiredEkuNotFoundContext(_) => PeerFault::Purpose(peer),
-            #[expect(clippy::wildcard_enum_match_arm, reason = "the library's enum grows; the rest keeps the library's words")]
             other => PeerFault::Chain(other),
         }
     }

@@ -1,21 +1,17 @@
 //! The client against a control plane in this process, over real TLS on loopback.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::net::IpAddr;
 use std::pin::Pin;
 
-use rustls::ServerConfig;
-use tokio::net::TcpListener;
-use tokio_rustls::TlsAcceptor;
 use tokio_stream::Stream;
-use tokio_util::task::AbortOnDropHandle;
+use tonic::service::Routes;
 use tonic::{Request, Response};
 
 use super::super::fixture::{mesh_resource, pod, pod_resource, response, uid};
 use super::super::{Discovery, DiscoveryHandle};
 use super::*;
-use crate::identity::provider::provider;
 use crate::identity::test_authority::TestAuthority;
+use crate::identity::test_server::{TestServer, authenticate};
 use crate::proto::discovery::Resource;
 use crate::proto::discovery::aggregated_discovery_service_server::{
     AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
@@ -29,7 +25,6 @@ async fn the_initial_state_then_changes_and_removals_arrive_as_snapshots() {
     let mut plane = ControlPlane::start().await;
     let handle = plane.client();
     let mut stream = plane.stream().await;
-    assert_eq!(stream.token, "Bearer secret");
     for kind in Kind::ALL {
         let request = stream.request().await;
         assert_eq!((request.type_url, request.response_nonce.is_empty()), (kind.type_url().to_owned(), true));
@@ -157,23 +152,23 @@ async fn the_cause_of_a_lost_controller_is_told_in_words() {
     let words = |error: StreamError| in_words(&error);
     let open =
         |endpoint: ControllerEndpoint| async move { super::open(endpoint, Vec::new()).await.map(drop).expect_err("refused") };
-    let root = plane.directory.path().join("other-root.pem");
+    let root = plane.server.directory.path().join("other-root.pem");
     std::fs::write(&root, TestAuthority::new("other").root_pem()).expect("written");
-    let error = open(plane.endpoint_with(&root, &plane.token)).await;
+    let error = open(plane.server.endpoint_with(&root, &plane.server.token)).await;
     assert!(needs_operator(&error));
     let text = words(error);
     assert!(text.contains("does not verify against") && text.contains("other-root.pem"), "{text}");
-    let missing = plane.directory.path().join("missing");
-    let text = words(open(plane.endpoint_with(&missing, &plane.token)).await);
+    let missing = plane.server.directory.path().join("missing");
+    let text = words(open(plane.server.endpoint_with(&missing, &plane.server.token)).await);
     assert!(text.contains("cannot read the root certificate file") && text.contains("missing"), "{text}");
-    let text = words(open(plane.endpoint_with(&plane.root, &missing)).await);
+    let text = words(open(plane.server.endpoint_with(&plane.server.root, &missing)).await);
     assert!(text.contains("cannot read the token file"), "{text}");
-    std::fs::write(&plane.token, "wrong\n").expect("written");
-    let error = open(plane.endpoint()).await;
+    std::fs::write(&plane.server.token, "wrong\n").expect("written");
+    let error = open(plane.server.endpoint()).await;
     assert!(needs_operator(&error));
     assert_eq!(words(error), "the controller refused the token: no such token");
-    plane.stop().await;
-    let error = open(plane.endpoint()).await;
+    plane.server.stop().await;
+    let error = open(plane.server.endpoint()).await;
     assert!(!needs_operator(&error));
     let text = words(error);
     assert!(text.contains("connection refused"), "{text}");
@@ -182,11 +177,11 @@ async fn the_cause_of_a_lost_controller_is_told_in_words() {
 #[tokio::test]
 async fn a_client_that_starts_before_its_files_connects_once_they_are_there() {
     let mut plane = ControlPlane::start().await;
-    let pem = std::fs::read(&plane.root).expect("written");
-    std::fs::remove_file(&plane.root).expect("removed");
+    let pem = std::fs::read(&plane.server.root).expect("written");
+    std::fs::remove_file(&plane.server.root).expect("removed");
     let handle = plane.client();
     tokio::task::yield_now().await;
-    std::fs::write(&plane.root, pem).expect("written");
+    std::fs::write(&plane.server.root, pem).expect("written");
     plane.stream().await;
     handle.connected().wait_for(|connected| *connected).await.expect("alive");
 }
@@ -199,15 +194,10 @@ async fn until(snapshots: &mut watch::Receiver<Arc<Snapshot>>, holds: impl Fn(&S
 /// A control plane whose streams the test speaks on itself.
 struct ControlPlane {
     streams: mpsc::Receiver<ServedStream>,
-    server: AbortOnDropHandle<()>,
-    address: SocketAddr,
-    root: PathBuf,
-    token: PathBuf,
-    directory: tempfile::TempDir,
+    server: TestServer,
 }
 
 struct ServedStream {
-    token: String,
     requests: Streaming<DeltaDiscoveryRequest>,
     responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
 }
@@ -216,37 +206,14 @@ struct Service(mpsc::Sender<ServedStream>);
 
 impl ControlPlane {
     async fn start() -> Self {
-        let directory = tempfile::tempdir().expect("a directory");
-        let authority = TestAuthority::new("root");
-        let (root, token) = (directory.path().join("root.pem"), directory.path().join("token"));
-        std::fs::write(&root, authority.root_pem()).expect("written");
-        std::fs::write(&token, "secret\n").expect("written");
-        let issued = authority.leaf("").address(Ipv4Addr::LOCALHOST.into()).issue();
-        let mut tls = ServerConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .expect("versions")
-            .with_no_client_auth()
-            .with_single_cert(issued.chain.clone(), issued.key.clone_key())
-            .expect("a matching key");
-        tls.alpn_protocols = vec![b"h2".to_vec()];
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
-        let address = listener.local_addr().expect("bound");
         let (streams_in, streams) = mpsc::channel(8);
-        let server = AbortOnDropHandle::new(tokio::spawn(serve(listener, TlsAcceptor::from(Arc::new(tls)), Service(streams_in))));
-        Self { streams, server, address, root, token, directory }
-    }
-
-    fn endpoint(&self) -> ControllerEndpoint {
-        self.endpoint_with(&self.root, &self.token)
-    }
-
-    fn endpoint_with(&self, root: &std::path::Path, token: &std::path::Path) -> ControllerEndpoint {
-        ControllerEndpoint::new(&format!("https://{}", self.address), root, token).expect("a legal address")
+        let services = Routes::new(AggregatedDiscoveryServiceServer::new(Service(streams_in)));
+        Self { streams, server: TestServer::start(services).await }
     }
 
     fn client(&self) -> DiscoveryHandle {
         let default_trust_domain = "cluster.local".parse().expect("legal");
-        Discovery::start(DiscoveryConfig { endpoint: self.endpoint(), node: "node".into(), default_trust_domain })
+        Discovery::start(DiscoveryConfig { endpoint: self.server.endpoint(), node: "node".into(), default_trust_domain })
     }
 
     async fn stream(&mut self) -> ServedStream {
@@ -264,12 +231,6 @@ impl ControlPlane {
         }
         until(&mut handle.snapshots(), Snapshot::synced).await;
         stream
-    }
-
-    async fn stop(&mut self) {
-        self.server.abort();
-        // The port is closed when the task's own end has been seen.
-        let _aborted = (&mut self.server).await;
     }
 }
 
@@ -292,35 +253,10 @@ impl AggregatedDiscoveryService for Service {
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        let token = request.metadata().get("authorization").and_then(|token| token.to_str().ok()).unwrap_or_default().to_owned();
-        if token != "Bearer secret" {
-            return Err(Status::unauthenticated("no such token"));
-        }
+        authenticate(&request)?;
         let (responses, outgoing) = mpsc::channel(8);
-        let stream = ServedStream { token, requests: request.into_inner(), responses };
+        let stream = ServedStream { requests: request.into_inner(), responses };
         self.0.send(stream).await.map_err(|_gone| Status::unavailable("the test is over"))?;
         Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
     }
-}
-
-/// Takes TLS off each connection and hands it to the gRPC server.
-async fn serve(listener: TcpListener, acceptor: TlsAcceptor, service: Service) {
-    let (connections, incoming) = mpsc::channel(8);
-    let accept = async {
-        let mut pumps = tokio::task::JoinSet::new();
-        while let Ok((tcp, _)) = listener.accept().await {
-            let (acceptor, connections) = (acceptor.clone(), connections.clone());
-            pumps.spawn(async move {
-                let Ok(mut tls) = acceptor.accept(tcp).await else { return };
-                let (mut near, far) = tokio::io::duplex(1 << 16);
-                if connections.send(Ok::<_, std::io::Error>(far)).await.is_ok() {
-                    let _end = tokio::io::copy_bidirectional(&mut tls, &mut near).await;
-                }
-            });
-        }
-    };
-    let server = tonic::transport::Server::builder()
-        .add_service(AggregatedDiscoveryServiceServer::new(service))
-        .serve_with_incoming(ReceiverStream::new(incoming));
-    let _ends = tokio::join!(accept, server);
 }
