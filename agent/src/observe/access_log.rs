@@ -5,7 +5,7 @@
 //! writes users' addresses and names above debug.
 //!
 //! Bytes are told from the agent's own pod's point of view, in both directions: `bytes_sent` is what that pod sent. A field that
-//! is not known is left out. A detail may quote a peer: it is kept to one line and [`MAX_DETAIL`] bytes.
+//! is not known is left out. A detail may quote a peer: it is kept to one line and `MAX_DETAIL` bytes.
 
 use std::fmt::{self, Write as _};
 use std::time::Duration;

@@ -32,7 +32,7 @@ const IDLE: Duration = Duration::from_secs(90);
 
 /// A server could not listen.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {addr} for {purpose}: {source} (choose another address with {flag})")]
+#[error("cannot listen on {addr} for {purpose}: choose another address with {flag}")]
 pub struct BindError {
     /// What the server is for.
     pub purpose: &'static str,

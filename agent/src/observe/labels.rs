@@ -2,7 +2,7 @@
 //!
 //! Enters: what is known of a connection. Leaves: the packed text, and from it the label set of an exposed series. Values that
 //! are not known read `unknown`. A value never breaks the exposition: what needs escaping is escaped, and it is cut at
-//! [`MAX_VALUE`] bytes.
+//! `MAX_VALUE` bytes.
 
 use std::borrow::Cow;
 use std::fmt::{self, Write as _};

@@ -143,7 +143,7 @@ pub fn current_filter() -> Option<String> {
     OUTPUT.get().and_then(|output| output.filter.with_current(ToString::to_string).ok())
 }
 
-/// A bare level also keeps [`QUIET`] libraries quiet. A bare word that is no level would be taken for a module's name by the
+/// A bare level also keeps `QUIET` libraries quiet. A bare word that is no level would be taken for a module's name by the
 /// parser, and silence everything else: it is refused.
 fn parse_filter(text: &str) -> Result<EnvFilter, LogError> {
     let level = |word: &str| LevelFilter::from_str(word.trim());

@@ -2,7 +2,7 @@
 //!
 //! Enters: a connection's participants, once; from then on the connection holds its [`Pair`] and counts in it directly. Leaves:
 //! five metric families at a scrape. A pair stays after its last connection, so that its counters don't vanish between two
-//! scrapes. When the table is full, pairs that nobody has used for [`IDLE_SECONDS`] make room; if that yields none, new pairs are
+//! scrapes. When the table is full, pairs that nobody has used for `IDLE_SECONDS` make room; if that yields none, new pairs are
 //! counted together under labels that read `overflow` (reporter and security policy are kept).
 //!
 //! Istio names bytes from the destination's point of view for both reporters: `received` is what travels from source to

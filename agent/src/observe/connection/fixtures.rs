@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::{ConnectionInfo, Direction, Security};
-use crate::model::{PeerAuthentication, PortMapping, Service, SpiffeId, TunnelProtocol, Workload, WorkloadType};
+use crate::model::{PeerAuthentication, PortMapping, Service, TunnelProtocol, Workload, WorkloadType};
 
 /// A pod `<name>-0` of the workload `<name>` in `namespace`.
 pub(crate) fn workload(namespace: &str, name: &str, address: &str) -> Workload {
@@ -60,16 +60,10 @@ pub(crate) fn info() -> ConnectionInfo {
 
 /// A plaintext client that nobody knows, seen at the destination.
 pub(crate) fn stranger() -> ConnectionInfo {
-    let unknown: Option<SpiffeId> = None;
+    let source = "192.0.2.9:50000".parse().expect("an address");
+    let dialled = info();
     ConnectionInfo {
-        direction: Direction::Inbound,
-        source: None,
-        source_addr: "192.0.2.9:50000".parse().expect("an address"),
-        source_identity: unknown.clone(),
-        original_dst: None,
-        destination_identity: unknown,
-        destination_service: None,
-        security: Security::None,
-        ..info()
+        destination: dialled.destination,
+        ..ConnectionInfo::new(Direction::Inbound, source, dialled.destination_addr)
     }
 }

@@ -56,9 +56,11 @@ async fn readiness_is_503_until_all_conditions_are_met() {
 #[tokio::test]
 async fn an_address_that_is_taken_is_an_error_that_names_it() {
     let first = Server::metrics(SocketAddr::from(([127, 0, 0, 1], 0))).await.expect("a free port");
-    let error = Server::metrics(first.addr()).await.expect_err("taken").to_string();
-    let expected = format!("cannot listen on {} for metrics: Address already in use", first.addr());
-    assert!(error.starts_with(&expected) && error.contains("--metrics-listen"), "{error}");
+    let error = anyhow::Error::from(Server::metrics(first.addr()).await.expect_err("taken"));
+    let addr = first.addr();
+    let expected =
+        format!("cannot listen on {addr} for metrics: choose another address with --metrics-listen: Address already in use");
+    assert!(format!("{error:#}").starts_with(&expected), "{error:#}");
 }
 
 #[tokio::test]

@@ -1,5 +1,11 @@
 use super::*;
 use crate::model::TrustDomain;
+use crate::policy::evaluate::Cause;
+
+/// A verdict without further remarks.
+fn bare(verdict: Verdict) -> Evaluation {
+    Evaluation { verdict, cause: Cause::DenyMatched, dry_run: vec![], audited: vec![] }
+}
 
 fn page(metrics: &Metrics) -> String {
     let mut page = String::new();
@@ -20,9 +26,12 @@ fn every_metric_has_the_name_that_is_documented() {
     metrics.handshake(Side::Client, "ok", Duration::from_millis(3));
     metrics.certificate_request("issued");
     metrics.certificate_held(&identity, 1_900_000_000);
-    metrics.verdict(&Verdict::Deny { by: Some("shop/deny-all".into()) });
-    metrics.verdict(&Verdict::Allow { by: None });
-    metrics.policy_verdict(Some("shop/trial"), "deny", true);
+    metrics.evaluation(&Evaluation {
+        dry_run: vec![("shop/trial".into(), Action::Deny)],
+        audited: vec!["shop/watch".into()],
+        ..bare(Verdict::Deny { by: Some("shop/deny-all".into()) })
+    });
+    metrics.evaluation(&bare(Verdict::Allow { by: None }));
     metrics.set_xds_connected(true);
     metrics.set_enrolled_pods(12);
     metrics.plaintext_refused();
@@ -41,6 +50,7 @@ fn every_metric_has_the_name_that_is_documented() {
         r#"culvert_policy_verdicts_total{policy="shop/deny-all",verdict="deny",dry_run="false"} 1"#,
         r#"culvert_policy_verdicts_total{policy="-",verdict="allow",dry_run="false"} 1"#,
         r#"culvert_policy_verdicts_total{policy="shop/trial",verdict="deny",dry_run="true"} 1"#,
+        r#"culvert_policy_verdicts_total{policy="shop/watch",verdict="audit",dry_run="false"} 1"#,
         "culvert_xds_connected 1",
         "culvert_enrolled_pods 12",
         r#"culvert_tunnels_open{side="server"} 1"#,
