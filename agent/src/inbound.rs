@@ -109,13 +109,11 @@ impl Inbound {
         let workload = pod.workload();
         let (policies, missing) = snapshot.policies_for(&workload);
         let denied = |flow: &Flow| {
-            strictly_refused(&workload, flow)
-                || !evaluate(flow, &policies, &missing, snapshot.default_deny()).verdict.allowed()
+            strictly_refused(&workload, flow) || !evaluate(flow, &policies, &missing, snapshot.default_deny()).verdict.allowed()
         };
         let mut closed = self.open.close_denied(&workload.uid, denied);
-        let direct = destroy_inbound(&pod.netns, |source, destination| {
-            denied(&Flow { source_identity: None, source, destination })
-        });
+        let direct =
+            destroy_inbound(&pod.netns, |source, destination| denied(&Flow { source_identity: None, source, destination }));
         match direct {
             Ok(destroyed) => closed += destroyed,
             Err(error) => {
@@ -146,8 +144,10 @@ impl Inbound {
         let accepted = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                let info =
-                    ConnectionInfo { destination: Some(pod.workload()), ..ConnectionInfo::new(Direction::Inbound, source, local) };
+                let info = ConnectionInfo {
+                    destination: Some(pod.workload()),
+                    ..ConnectionInfo::new(Direction::Inbound, source, local)
+                };
                 return self.observer.fail(&info, error.reason(), &error);
             }
         };

@@ -44,7 +44,8 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     let drain = Drain::new();
     tokio::spawn(drain.clone().on_signal(StopSignals::install().context("taking over the signals")?));
 
-    let endpoint = ControllerEndpoint::new(&config.controller.to_string(), &config.root_cert, &config.token_file).context("--controller")?;
+    let endpoint =
+        ControllerEndpoint::new(&config.controller.to_string(), &config.root_cert, &config.token_file).context("--controller")?;
     let discovery = Discovery::start(DiscoveryConfig {
         endpoint: endpoint.clone(),
         node: config.node.as_str().into(),
@@ -55,7 +56,8 @@ pub async fn run(config: AgentConfig) -> Result<()> {
 
     let local_pods = LocalPods::default();
     observe(&config, &observer, &readiness, &discovery, &svids, &local_pods).await?;
-    let capture = tokio::task::block_in_place(|| Capture::load(&load_config(&config))).context("taking over the node's connections")?;
+    let capture =
+        tokio::task::block_in_place(|| Capture::load(&load_config(&config))).context("taking over the node's connections")?;
     loaded.met();
     let maps = capture.maps();
     let outcomes = capture.maps();
@@ -258,8 +260,7 @@ fn watch_certificates(svids: SvidStore, observer: Observer) {
     tokio::spawn(async move {
         let mut held = HashMap::new();
         while changes.changed().await.is_ok() {
-            let now: HashMap<_, _> =
-                svids.list().into_iter().filter_map(|status| Some((status.id, status.not_after?))).collect();
+            let now: HashMap<_, _> = svids.list().into_iter().filter_map(|status| Some((status.id, status.not_after?))).collect();
             for (id, not_after) in &now {
                 if held.get(id) != Some(not_after) {
                     let seconds = not_after.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();

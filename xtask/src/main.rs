@@ -1,2 +1,78 @@
-//! xtask.
-fn main() {}
+//! `cargo xtask`: all that a contributor needs to know. One verb a file.
+
+mod check;
+mod launch;
+mod run;
+mod setup;
+mod test;
+mod tidy;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Builds, checks, tests and shows Culvert. Every verb installs first what it needs and finds missing.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Installs what building and testing need and this machine lacks.
+    Setup {
+        /// Only what building needs.
+        #[arg(long)]
+        build_only: bool,
+    },
+    /// Builds the `culvert` binary, eBPF programs included.
+    Build {
+        /// Optimised: target/release/culvert.
+        #[arg(long)]
+        release: bool,
+    },
+    /// Format, lints, documentation, dependency licences and the project's own rules.
+    Check,
+    /// Runs the tests: all of them, or one suite.
+    Test {
+        /// Which suite.
+        suite: Option<test::Suite>,
+        /// Only tests whose names contain this.
+        filter: Option<String>,
+    },
+    /// Shows the main job: two nodes, four pods, nginx and curl, beside what the wire sees.
+    Demo {
+        /// Leaves everything running until Enter is pressed.
+        #[arg(long)]
+        keep: bool,
+    },
+    /// Measures throughput, latency, connections, CPU and memory, direct and through Culvert, in one run.
+    Bench {
+        /// Also writes the figures here.
+        #[arg(long, value_name = "FILE")]
+        json: Option<std::path::PathBuf>,
+        /// Shorter rounds: figures scatter more.
+        #[arg(long)]
+        quick: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().verb {
+        Verb::Setup { build_only } => setup::ensure(if build_only { setup::Scope::Build } else { setup::Scope::Test }),
+        Verb::Build { release } => launch::build(release).map(drop),
+        Verb::Check => check::all(),
+        Verb::Test { suite, filter } => test::run(suite, filter.as_deref()),
+        Verb::Demo { keep } => launch::demo(keep),
+        Verb::Bench { json, quick } => launch::bench(json, quick),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

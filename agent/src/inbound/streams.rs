@@ -29,12 +29,7 @@ pub(super) struct Peer {
 
 impl Inbound {
     /// The streams of an HBONE tunnel, side by side.
-    pub(super) async fn hbone(
-        self: Arc<Self>,
-        pod: Arc<LocalPod>,
-        peer: Peer,
-        mut tunnel: hbone::Inbound<TlsStream<TcpStream>>,
-    ) {
+    pub(super) async fn hbone(self: Arc<Self>, pod: Arc<LocalPod>, peer: Peer, mut tunnel: hbone::Inbound<TlsStream<TcpStream>>) {
         let mut draining = false;
         loop {
             let request = tokio::select! {

@@ -89,7 +89,8 @@ fn through_service(
     // Every endpoint in turn; those that lack the address family or the port are passed over.
     for step in 0..ready.len() {
         let workload = &ready[(turn + step) % ready.len()];
-        let (Some(address), Some(port)) = (workload.address_like(dialled.ip()), workload.target_port(&key, dialled.port())) else {
+        let (Some(address), Some(port)) = (workload.address_like(dialled.ip()), workload.target_port(&key, dialled.port()))
+        else {
             continue;
         };
         let target = SocketAddr::new(address, port);

@@ -134,7 +134,8 @@ impl Outbound {
         let mut request = Request::new(());
         *request.method_mut() = Method::CONNECT;
         // An address and a port are always an authority.
-        *request.uri_mut() = destination.to_string().parse().map_err(|_: http::uri::InvalidUri| h2::Error::from(Reason::INTERNAL_ERROR))?;
+        *request.uri_mut() =
+            destination.to_string().parse().map_err(|_: http::uri::InvalidUri| h2::Error::from(Reason::INTERNAL_ERROR))?;
         let mut requests = self.requests.clone().ready().await?;
         let (response, sink) = requests.send_request(request, false)?;
         let (head, stream) = response.await?.into_parts();
@@ -286,9 +287,10 @@ fn broken(error: h2::Error) -> Broken {
 /// The status that says a reason to any implementation.
 fn status_of(reason: CloseReason) -> StatusCode {
     match reason {
-        CloseReason::PolicyDenied | CloseReason::PolicyChanged | CloseReason::PeerNotAuthenticated | CloseReason::PlaintextRefused => {
-            StatusCode::UNAUTHORIZED
-        }
+        CloseReason::PolicyDenied
+        | CloseReason::PolicyChanged
+        | CloseReason::PeerNotAuthenticated
+        | CloseReason::PlaintextRefused => StatusCode::UNAUTHORIZED,
         CloseReason::BadRequest | CloseReason::NoOriginalDst => StatusCode::BAD_REQUEST,
         CloseReason::Finished
         | CloseReason::SourceReset
@@ -308,7 +310,9 @@ fn status_of(reason: CloseReason) -> StatusCode {
 fn reason_of(status: StatusCode) -> CloseReason {
     match status {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => CloseReason::PolicyDenied,
-        StatusCode::SERVICE_UNAVAILABLE | StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT => CloseReason::DestinationRefused,
+        StatusCode::SERVICE_UNAVAILABLE | StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT => {
+            CloseReason::DestinationRefused
+        }
         _ => CloseReason::BadRequest,
     }
 }

@@ -134,8 +134,7 @@ impl Idle {
 
     fn start(self) -> (SingleSource, SingleSink) {
         let read_finished = Arc::new(Notify::new());
-        let sink =
-            SingleSink { shared: Arc::clone(&self.shared), read_finished: Arc::clone(&read_finished), finished: false };
+        let sink = SingleSink { shared: Arc::clone(&self.shared), read_finished: Arc::clone(&read_finished), finished: false };
         let source = SingleSource {
             shared: self.shared,
             read_finished,

@@ -220,7 +220,10 @@ mod tests {
     fn every_refusal_survives_the_wire_or_reads_as_a_failed_tunnel() {
         for reason in CloseReason::ALL {
             let found = pieces(&mut Frames::default(), &mut answer(Some(reason))).unwrap();
-            assert!(found == [Piece::Answer(Some(reason))] || found == [Piece::Answer(Some(CloseReason::TunnelFailed))], "{reason}");
+            assert!(
+                found == [Piece::Answer(Some(reason))] || found == [Piece::Answer(Some(CloseReason::TunnelFailed))],
+                "{reason}"
+            );
         }
         assert_eq!(pieces(&mut Frames::default(), &mut answer(None)).unwrap(), [Piece::Answer(None)]);
     }

@@ -1,0 +1,137 @@
+//! `setup`: finds what this machine lacks and installs it. Quick when nothing is missing.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::run::{root, run, succeeds};
+
+/// What for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// Building.
+    Build,
+    /// Building, testing and showing.
+    Test,
+}
+
+/// The linker's version and the LLVM that it is built against: the compilers' own.
+const BPF_LINKER: &str = "0.13.0";
+const LLVM: &str = "22";
+
+/// Programs that building needs, with Debian's packages that have them.
+const BUILD: [(&str, &str); 1] = [("cc", "gcc libc6-dev")];
+/// Programs that the tests run, with Debian's packages that have them.
+const TEST: [(&str, &str); 7] = [
+    ("ip", "iproute2"),
+    ("curl", "curl"),
+    ("nginx", "nginx-light"),
+    ("iperf3", "iperf3"),
+    ("redis-server", "redis-server"),
+    ("redis-cli", "redis-tools"),
+    ("psql", "postgresql-client"),
+];
+/// What links bpf-linker.
+const LINKER_LIBRARIES: [&str; 5] = ["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libzstd-dev", "libxml2-dev"];
+/// A compiler with a `core` for the kernel's target, where rustup has none.
+const PACKAGED_COMPILER: [&str; 3] = ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf"];
+
+/// Installs what is missing.
+pub(crate) fn ensure(scope: Scope) -> Result<()> {
+    let mut missing: Vec<&str> = Vec::new();
+    let programs = BUILD.iter().chain(if scope == Scope::Test { TEST.as_slice() } else { &[] });
+    for (_, packages) in programs.filter(|(program, _)| find(program).is_none()) {
+        missing.extend(packages.split(' '));
+    }
+    if scope == Scope::Test && postgres().is_none() {
+        missing.push("postgresql");
+    }
+    if !has_kernel_compiler() {
+        missing.extend(PACKAGED_COMPILER);
+    }
+    let linker = has_linker();
+    if !linker {
+        missing.extend(LINKER_LIBRARIES);
+    }
+    install(&missing)?;
+    if !linker {
+        build_linker()?;
+    }
+    ensure!(has_kernel_compiler(), "no compiler for bpfel-unknown-none, although its packages are installed");
+    Ok(())
+}
+
+/// A program on the PATH, or where distributions keep those for administrators.
+fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let places = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
+    places.map(|place| place.join(program)).find(|file| file.is_file())
+}
+
+/// The server's programs, which Debian keeps off the PATH.
+fn postgres() -> Option<PathBuf> {
+    let versions = std::fs::read_dir("/usr/lib/postgresql").ok()?;
+    versions.flatten().map(|version| version.path().join("bin/postgres")).find(|file| file.is_file())
+}
+
+fn has_linker() -> bool {
+    succeeds(Command::new("bpf-linker").arg("--version"))
+}
+
+/// As `agent/build.rs` looks for it: a nightly with the source of `core`, or the distribution's.
+fn has_kernel_compiler() -> bool {
+    let nightly = Command::new("rustup").args(["run", "nightly", "rustc", "--print", "sysroot"]).output();
+    let nightly = nightly.is_ok_and(|output| {
+        let sysroot = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        output.status.success() && Path::new(&sysroot).join("lib/rustlib/src/rust/library/core").is_dir()
+    });
+    nightly || (Path::new("/usr/lib/rustlib/bpfel-unknown-none").is_dir() && Path::new("/usr/bin/cargo").is_file())
+}
+
+fn install(packages: &[&str]) -> Result<()> {
+    if packages.is_empty() {
+        return Ok(());
+    }
+    let line = format!("apt-get install --no-install-recommends {}", packages.join(" "));
+    ensure!(find("apt-get").is_some(), "this machine lacks {}; install them", packages.join(" "));
+    ensure!(is_root(), "this machine lacks packages; as root: {line}");
+    // Servers come for their programs; none shall be started by its installation.
+    let policy = Path::new("/usr/sbin/policy-rc.d");
+    let ours = !policy.exists();
+    if ours {
+        std::fs::write(policy, "#!/bin/sh\nexit 101\n").context("keeping installed servers from starting")?;
+        run(Command::new("chmod").arg("755").arg(policy))?;
+    }
+    let apt = |args: &[&str]| run(Command::new("apt-get").env("DEBIAN_FRONTEND", "noninteractive").args(args));
+    let installed =
+        apt(&["update", "-qq"]).and_then(|()| apt(&[&["install", "-y", "-qq", "--no-install-recommends"], packages].concat()));
+    if ours {
+        std::fs::remove_file(policy).context("removing policy-rc.d")?;
+    }
+    installed.with_context(|| line.clone())
+}
+
+fn build_linker() -> Result<()> {
+    let prefix = PathBuf::from(format!("/usr/lib/llvm-{LLVM}"));
+    if !prefix.is_dir() {
+        bail!("bpf-linker needs LLVM {LLVM} in {}", prefix.display());
+    }
+    let feature = format!("llvm-{LLVM}");
+    run(Command::new("cargo").env("LLVM_PREFIX", prefix).current_dir(root()).args([
+        "install",
+        "bpf-linker",
+        "--version",
+        BPF_LINKER,
+        "--locked",
+        "--no-default-features",
+        "--features",
+        &feature,
+    ]))
+}
+
+/// Whether we may do everything.
+pub(crate) fn is_root() -> bool {
+    let id = Command::new("id").arg("-u").output();
+    id.is_ok_and(|output| output.stdout.trim_ascii() == b"0")
+}
