@@ -34,8 +34,7 @@ async fn send(mesh: &Mesh, request: Request<IstioCertificateRequest>) -> Result<
 async fn a_pod_of_the_asking_node_gets_a_chain_that_verifies() {
     let mesh = mesh().await;
     let response = send(&mesh, mesh.authorized("node-a", request(WEB))).await.unwrap();
-    let chain: Vec<_> =
-        response.cert_chain.iter().map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()).collect();
+    let chain: Vec<_> = response.cert_chain.iter().map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()).collect();
     assert_eq!(chain.last(), Some(&mesh.root()));
     let root = mesh.root();
     let anchors = [webpki::anchor_from_trusted_cert(&root).unwrap()];

@@ -52,8 +52,7 @@ async fn a_type_without_resources_is_answered_too() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_the_first_answer_only_what_changes_is_sent() {
-    let mesh =
-        Mesh::start(&[("web.yaml", pod("web", "node-a", "10.1.0.2")), ("db.yaml", pod("db", "node-b", "10.2.0.2"))]).await;
+    let mesh = Mesh::start(&[("web.yaml", pod("web", "node-a", "10.1.0.2")), ("db.yaml", pod("db", "node-b", "10.2.0.2"))]).await;
     let mut stream = mesh.discovery("node-a").await;
     assert_eq!(stream.all(ADDRESS_TYPE, &[]).await.0.len(), 2);
     mesh.write("web.yaml", &pod("web", "node-a", "10.1.0.3"));

@@ -42,7 +42,9 @@ async fn garbage_ends_its_own_connection_and_nothing_else() {
 #[tokio::test(flavor = "multi_thread")]
 async fn garbage_inside_tls_ends_its_own_connection_and_nothing_else() {
     let mesh = Mesh::start(&[("web.yaml", pod("web", "node-a", "10.1.0.2"))]).await;
-    for bytes in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 20_000], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\xff\xff\xff\xff\xff\xff"] {
+    for bytes in
+        [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 20_000], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\xff\xff\xff\xff\xff\xff"]
+    {
         let socket = TcpStream::connect(mesh.address()).await.unwrap();
         let mut stream = mesh.tls().connect(ServerName::from(mesh.address().ip()), socket).await.unwrap();
         drop(stream.write_all(bytes).await);
