@@ -7,9 +7,6 @@
 
 mod root;
 
-#[cfg(test)]
-mod tests;
-
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;

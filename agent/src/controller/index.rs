@@ -281,8 +281,9 @@ impl Index {
     }
 
     fn set_authorization(&mut self, name: ObjectName, compiled: Option<policies::Compiled>) {
-        for (namespace, selector) in self.policies.set_authorization(&name, compiled) {
-            let selected = self.pods_in(namespace.as_ref()).filter(|(_, pod)| service::selects(&selector, &pod.labels));
+        for selection in self.policies.set_authorization(&name, compiled) {
+            let selected =
+                self.pods_in(selection.namespace.as_ref()).filter(|(_, pod)| service::selects(&selection.labels, &pod.labels));
             let selected: Vec<_> = selected.map(|(name, _)| name.clone()).collect();
             self.stale.pods.extend(selected);
         }

@@ -3,9 +3,6 @@
 //! Enters: the nodes that exist, and the metadata of requests. Leaves: a token file for each node, and the node that a request
 //! comes from. Tokens are random, kept as hashes in memory, and never logged. A request without a known token learns nothing.
 
-#[cfg(test)]
-mod tests;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;

@@ -7,8 +7,6 @@ mod certificates;
 mod discovery;
 mod listener;
 mod subscription;
-#[cfg(test)]
-mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -11,6 +11,15 @@ use crate::policy::compile::{self, CompileError, MeshContext};
 use crate::policy::objects::{AuthorizationPolicy, PeerAuthenticationPolicy};
 use crate::policy::peer_authentication::{self, Overruled, PeerAuthenticationIndex};
 
+/// Workloads that a policy names by their labels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Selection {
+    /// Where they are; none: in all namespaces.
+    pub(super) namespace: Option<Arc<str>>,
+    /// The labels that they all have.
+    pub(super) labels: BTreeMap<String, String>,
+}
+
 /// All policies.
 #[derive(Debug)]
 pub(super) struct Policies {
@@ -41,13 +50,8 @@ impl Policies {
         self.authorizations.get(name)?.authorization.as_ref()
     }
 
-    /// Adds, replaces or removes a policy. Gives the selections of workloads whose lists of policies this changes: a namespace, or
-    /// all of them, and the labels to have.
-    pub(super) fn set_authorization(
-        &mut self,
-        name: &ObjectName,
-        compiled: Option<Compiled>,
-    ) -> Vec<(Option<Arc<str>>, BTreeMap<String, String>)> {
+    /// Adds, replaces or removes a policy. Gives the selections of workloads whose lists of policies this changes.
+    pub(super) fn set_authorization(&mut self, name: &ObjectName, compiled: Option<Compiled>) -> Vec<Selection> {
         let after = compiled.as_ref().and_then(|compiled| self.selection(name, compiled));
         let before = match compiled {
             Some(compiled) => self.authorizations.insert(name.clone(), compiled),
@@ -108,9 +112,9 @@ impl Policies {
         self.modes.resolve(namespace, labels)
     }
 
-    fn selection(&self, name: &ObjectName, compiled: &Compiled) -> Option<(Option<Arc<str>>, BTreeMap<String, String>)> {
+    fn selection(&self, name: &ObjectName, compiled: &Compiled) -> Option<Selection> {
         let namespace = (*name.namespace != *self.mesh.root_namespace).then(|| Arc::clone(&name.namespace));
-        by_selector(compiled).then(|| (namespace, compiled.selector.clone()))
+        by_selector(compiled).then(|| Selection { namespace, labels: compiled.selector.clone() })
     }
 }
 

@@ -142,3 +142,10 @@ fn drain(inotify: &mut AsyncFd<Inotify>, buffer: &mut [u8], tree: &mut Tree) {
         }
     }
 }
+
+/// The objects of a YAML text, all of which must be good.
+#[cfg(test)]
+pub(in crate::controller) fn objects(text: &str, mesh: &MeshContext) -> Vec<super::Object> {
+    let items = parse::parse(std::path::Path::new("test.yaml"), text.as_bytes(), mesh).unwrap();
+    items.into_iter().map(|item| item.object.unwrap().0).collect()
+}

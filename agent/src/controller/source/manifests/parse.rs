@@ -90,7 +90,9 @@ fn document(document: usize, value: Value, mesh: &MeshContext, items: &mut Vec<I
                 push(Place { document, item: Some(index + 1) }, value);
             }
         }
-        value => push(Place { document, item: None }, value),
+        value @ (Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) | Value::Object(_)) => {
+            push(Place { document, item: None }, value);
+        }
     }
 }
 

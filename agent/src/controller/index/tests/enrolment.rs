@@ -1,0 +1,70 @@
+use super::{World, pod, pod_with};
+use crate::controller::source::Kind;
+use crate::model::SpiffeId;
+
+fn namespace(labels: &str) -> String {
+    format!("---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: shop, labels: {{{labels}}}}}\n")
+}
+
+#[test]
+fn the_narrower_label_wins_and_of_two_at_one_place_culverts_own() {
+    let check = |namespace_labels: &str, pod_labels: &str, expected: bool| {
+        let pod = pod_with("web", "10.1.0.2", &format!(", labels: {{{pod_labels}}}"), "", "");
+        let world = World::new(&(namespace(namespace_labels) + &pod));
+        assert_eq!(world.enrolled("web"), expected, "namespace {namespace_labels}, pod {pod_labels}");
+    };
+    let (enabled, disabled) = ("culvert.dev/mesh: enabled", "culvert.dev/mesh: disabled");
+    let (ambient, none) = ("istio.io/dataplane-mode: ambient", "istio.io/dataplane-mode: none");
+    check("", "", false);
+    check(enabled, "", true);
+    check(ambient, "", true);
+    check("", enabled, true);
+    check("", ambient, true);
+    check(enabled, disabled, false);
+    check(enabled, none, false);
+    check(ambient, disabled, false);
+    check(disabled, ambient, true);
+    check(none, enabled, true);
+    check(&format!("{enabled}, {none}"), "", true);
+    check(&format!("{disabled}, {ambient}"), "", false);
+    check("", &format!("{enabled}, {none}"), true);
+    check("", &format!("{disabled}, {ambient}"), false);
+    check("culvert.dev/mesh: 'yes'", "", false);
+    check(enabled, "culvert.dev/mesh: perhaps", true);
+}
+
+#[test]
+fn a_pod_on_its_nodes_network_never_joins() {
+    let manifest = pod_with("web", "192.168.0.1", ", labels: {culvert.dev/mesh: enabled}", ", hostNetwork: true", "");
+    let world = World::new(&manifest);
+    assert!(!world.enrolled("web"));
+    assert_eq!(world.pod("web").network_mode().as_str_name(), "HOST_NETWORK");
+    assert!(!world.update.residents.contains("node-a", &"spiffe://cluster.local/ns/shop/sa/default".parse().unwrap()));
+}
+
+#[test]
+fn a_namespaces_label_is_followed() {
+    let mut world = World::new(&pod("web", "10.1.0.2"));
+    assert!(!world.enrolled("web"));
+    world.apply(&namespace("culvert.dev/mesh: enabled"));
+    assert!(world.enrolled("web"));
+    world.remove(Kind::Namespace, "", "shop");
+    assert!(!world.enrolled("web"));
+}
+
+#[test]
+fn an_identity_resides_where_an_enrolled_pod_has_it_and_until_the_last_is_gone() {
+    let identity: SpiffeId = "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap();
+    let account = ", serviceAccountName: web";
+    let label = ", labels: {culvert.dev/mesh: enabled}";
+    // A certificate may be needed before the pod's address is known.
+    let mut world = World::new(&(pod_with("web-1", "", label, account, "") + &pod_with("web-2", "10.1.0.3", label, account, "")));
+    assert!(world.update.residents.contains("node-a", &identity));
+    assert!(!world.update.residents.contains("node-b", &identity));
+    world.remove(Kind::Pod, "shop", "web-1");
+    assert!(world.update.residents.contains("node-a", &identity));
+    world.apply(&pod_with("web-2", "10.1.0.3", label, account, ", phase: Succeeded"));
+    assert!(!world.update.residents.contains("node-a", &identity));
+    world.apply(&pod_with("web-3", "10.1.0.4", "", account, ""));
+    assert!(!world.update.residents.contains("node-a", &identity));
+}
