@@ -60,7 +60,8 @@ pub struct LoadConfig {
     /// The cgroup v2 directory below which connections are captured. None: the root of the machine's tree, where a namespace that
     /// the agent has not seen is refused only while the agent runs.
     pub cgroup_root: Option<PathBuf>,
-    /// The directory, on a bpffs or to be one, where programs and maps are pinned. No two agents may share it.
+    /// The directory, on a bpffs or to be one, below which programs and maps are pinned, in a directory of the node's name: agents
+    /// of several nodes on one kernel may share it.
     pub bpf_dir: PathBuf,
 }
 

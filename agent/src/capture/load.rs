@@ -74,7 +74,8 @@ pub(super) fn load(config: &LoadConfig) -> Result<Loaded, CaptureError> {
     }
     let own = Netns::current().map_err(CaptureError::OwnNetns)?;
     let cgroup = CgroupRoot::open(config.cgroup_root.as_deref())?;
-    let pins = prepare_pins(&config.bpf_dir).map_err(|source| CaptureError::Pins { path: config.bpf_dir.clone(), source })?;
+    let pins = prepare_pins(&config.bpf_dir.join(directory_of(&config.node)))
+        .map_err(|source| CaptureError::Pins { path: config.bpf_dir.clone(), source })?;
     let mut ebpf = load_object(&pins)?;
     let maps = Maps::take(&mut ebpf)?;
     let events = take_events(&mut ebpf)?;
@@ -103,6 +104,11 @@ fn program_log(ebpf: &mut Ebpf) -> BoxFuture<'static, ()> {
             ready.clear_ready();
         }
     })
+}
+
+/// The name of a node's directory: bpffs takes no dots.
+fn directory_of(node: &str) -> String {
+    node.replace('.', "_")
 }
 
 fn prepare_pins(directory: &Path) -> io::Result<PathBuf> {
@@ -142,7 +148,8 @@ fn initialise(maps: &Maps, own: &Netns, dedicated: bool) -> Result<(), CaptureEr
 /// Attaches a program to the cgroup, and puts its link in the place of the predecessor's, which detaches that.
 fn attach(ebpf: &mut Ebpf, name: &'static str, cgroup: &CgroupRoot, pins: &Path) -> Result<(), CaptureError> {
     let program = ebpf.program_mut(name).ok_or(CaptureError::NoProgram { program: name })?;
-    let mode = CgroupAttachMode::AllowMultiple;
+    // A link takes no flags: programs that are attached by links always run beside each other.
+    let mode = CgroupAttachMode::Single;
     let link: FdLink = if let Program::SockOps(program) = program {
         let program: &mut SockOps = program;
         program.load().map_err(refused(name))?;
@@ -246,14 +253,14 @@ pub(super) fn agents_netns() -> Vec<u64> {
     cookies.flatten().filter(|cookie| *cookie != 0).collect()
 }
 
-/// Takes everything of the agent's of `bpf_dir` out of the kernel: programs, maps, and the routing in pods. For a node that leaves
-/// the mesh; connections that the agent carries must have ended.
+/// Takes everything of the agent of `node` below `bpf_dir` out of the kernel: programs, maps, and the routing in pods. For a node
+/// that leaves the mesh; connections that the agent carries must have ended.
 ///
 /// # Errors
 /// All steps are tried; the failures, each with its path, are in the error.
-pub fn remove(bpf_dir: &Path) -> Result<(), CaptureError> {
+pub fn remove(bpf_dir: &Path, node: &str) -> Result<(), CaptureError> {
     let mut failures = Vec::new();
-    let Some(found) = bpffs::find(bpf_dir) else { return Ok(()) };
+    let Some(found) = bpffs::find(&bpf_dir.join(directory_of(node))) else { return Ok(()) };
     let layouts = match fs::read_dir(&found) {
         Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),

@@ -240,6 +240,7 @@ impl Enroller {
             return;
         }
         tracked.busy = true;
+        tracked.judged = true;
         let (netns, routing) = (tracked.netns.clone(), tracked.routing.clone());
         let (maps, lookup, snapshot) = (self.maps.clone(), self.lookup.clone(), Arc::clone(&self.snapshot));
         self.spawn_blocking(move |runtime| {
@@ -303,11 +304,10 @@ impl Enroller {
         match made {
             Ok((routing, listeners)) => {
                 tracked.retry = FIRST_RETRY;
-                tracked.judged = false;
                 tracked.phase = Phase::Enrolled(Arc::clone(&workload));
                 let pod = Arc::new(LocalPod::new(tracked.netns.clone(), Arc::clone(&workload), Some(routing)));
                 tracked.pod = Some(Arc::clone(&pod));
-                tracing::info!(pod = %workload.name, namespace = workload.identity.namespace(), "enrolled");
+                tracing::debug!(pod = %workload.name, namespace = workload.identity.namespace(), "enrolled");
                 let _nobody_serves = self.pods.send(PodEvent::Enrolled { pod, listeners }).await;
                 self.reconcile(cookie).await;
             }
@@ -361,7 +361,7 @@ impl Enroller {
             pod.gone.cancel();
         }
         pod.released.cancel();
-        tracing::info!(pod = %pod.workload().name, namespace = pod.workload().identity.namespace(), ?release, "released");
+        tracing::debug!(pod = %pod.workload().name, namespace = pod.workload().identity.namespace(), ?release, "released");
         let _nobody_serves = self.pods.send(PodEvent::Released(pod)).await;
     }
 
