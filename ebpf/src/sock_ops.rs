@@ -54,10 +54,29 @@ fn closed(ctx: &SockOpsContext) {
 #[inline(always)]
 fn flow(ctx: &SockOpsContext) -> Flow {
     let remote_port = u32::from_be(ctx.remote_port()) as u16;
+    // Both families' fields are read in any case: were the reads in branches, the compiler would merge them into one read through
+    // a computed pointer into the context, which the verifier refuses.
+    // SAFETY: the verifier checks each field access of the context; volatile keeps each where and as wide as it is.
+    let (local_ip4, remote_ip4, local_ip6, remote_ip6) = unsafe {
+        let words = |ip: *const [u32; 4]| {
+            [
+                core::ptr::read_volatile(&raw const (*ip)[0]),
+                core::ptr::read_volatile(&raw const (*ip)[1]),
+                core::ptr::read_volatile(&raw const (*ip)[2]),
+                core::ptr::read_volatile(&raw const (*ip)[3]),
+            ]
+        };
+        (
+            core::ptr::read_volatile(&raw const (*ctx.ops).local_ip4),
+            core::ptr::read_volatile(&raw const (*ctx.ops).remote_ip4),
+            words(&raw const (*ctx.ops).local_ip6),
+            words(&raw const (*ctx.ops).remote_ip6),
+        )
+    };
     let (local, remote) = if ctx.family() == AF_INET {
-        (Address::from_v4_word(ctx.local_ip4()), Address::from_v4_word(ctx.remote_ip4()))
+        (Address::from_v4_word(local_ip4), Address::from_v4_word(remote_ip4))
     } else {
-        (Address::from_v6_words(ctx.local_ip6()), Address::from_v6_words(ctx.remote_ip6()))
+        (Address::from_v6_words(local_ip6), Address::from_v6_words(remote_ip6))
     };
     Flow { source: Endpoint::new(local, ctx.local_port() as u16), destination: Endpoint::new(remote, remote_port) }
 }
