@@ -1,0 +1,291 @@
+//! A mesh of two nodes.
+
+use std::fs::{self, File};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::netns::Namespace;
+use crate::{Capture, eventually};
+
+/// The nodes' names.
+pub const NODES: [&str; 2] = ["a", "b"];
+
+/// Two nodes, their pods, a controller and two agents.
+#[derive(Debug)]
+pub struct Mesh {
+    id: String,
+    dir: PathBuf,
+    fabric: Namespace,
+    nodes: Vec<Namespace>,
+    controller: Option<Child>,
+    agents: [Option<Child>; 2],
+    controller_arguments: Vec<String>,
+    pods: u16,
+}
+
+/// A pod to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct PodSpec<'a> {
+    /// Its name, service account and label `app`.
+    pub name: &'a str,
+    /// Its namespace.
+    pub namespace: &'a str,
+    /// The number of its node.
+    pub node: usize,
+    /// Whether it is in the mesh.
+    pub enrolled: bool,
+}
+
+/// A pod that is there.
+#[derive(Debug)]
+pub struct Pod {
+    /// Its network namespace.
+    pub netns: Namespace,
+    /// Its IPv4 address.
+    pub v4: IpAddr,
+    /// Its IPv6 address.
+    pub v6: IpAddr,
+    mount: PathBuf,
+}
+
+impl Pod {
+    /// Its address and `port`, in either family.
+    #[must_use]
+    pub fn at(&self, v6: bool, port: u16) -> SocketAddr {
+        SocketAddr::new(if v6 { self.v6 } else { self.v4 }, port)
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        let _gone_already = Command::new("umount").arg(&self.mount).output();
+    }
+}
+
+impl Mesh {
+    /// Makes the network and starts everything.
+    #[must_use]
+    pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// The same, with more arguments for the controller.
+    ///
+    /// # Panics
+    /// When something cannot be made: root, iproute2 and a built binary are needed.
+    #[must_use]
+    pub fn start_with(controller_arguments: &[&str]) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let id = format!("cv{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let dir = PathBuf::from("/run/culvert-test").join(&id);
+        let fabric = Namespace::new(&format!("{id}-fabric"));
+        fabric.ip("link add br0 type bridge");
+        fabric.ip("link set br0 up");
+        let mut mesh = Self {
+            id,
+            dir,
+            fabric,
+            nodes: Vec::new(),
+            controller: None,
+            agents: [None, None],
+            controller_arguments: controller_arguments.iter().map(ToString::to_string).collect(),
+            pods: 0,
+        };
+        for (number, name) in NODES.iter().enumerate() {
+            fs::create_dir_all(mesh.dir.join(name).join("netns")).expect("a directory");
+            let node = Namespace::new(&format!("{}-{name}", mesh.id));
+            node.ip("link add br0 type bridge");
+            node.ip("link set br0 up");
+            node.ip(&format!("addr add 10.77.0.{}/16 dev br0", number + 1));
+            node.ip(&format!("addr add fd77::{}/64 dev br0 nodad", number + 1));
+            node.ip(&format!("link add up0 type veth peer name n{name} netns {}", mesh.fabric.name()));
+            node.ip("link set up0 master br0");
+            node.ip("link set up0 up");
+            mesh.fabric.ip(&format!("link set n{name} master br0"));
+            mesh.fabric.ip(&format!("link set n{name} up"));
+            mesh.nodes.push(node);
+            let object = format!("apiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\n");
+            mesh.apply(&format!("node-{name}"), &object);
+        }
+        mesh.start_controller();
+        (0..NODES.len()).for_each(|node| mesh.start_agent(node));
+        mesh
+    }
+
+    /// Starts the controller, and waits until it serves.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn start_controller(&mut self) {
+        let mut command = self.nodes[0].command(&binary());
+        command.arg("controller").arg("--manifests").arg(self.dir.join("manifests"));
+        command.arg("--state-dir").arg(self.dir.join("state")).args(["--listen", "10.77.0.1:15012"]);
+        command.args(&self.controller_arguments);
+        self.controller = Some(self.spawn(command, "controller"));
+        eventually("the controller serves", || self.log("controller").contains("serving agents"));
+    }
+
+    /// Ends the controller at once.
+    pub fn kill_controller(&mut self) {
+        end(&mut self.controller);
+    }
+
+    /// Starts the agent of a node, and waits until it has taken over.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn start_agent(&mut self, node: usize) {
+        let name = NODES[node];
+        let mut command = self.nodes[node].command(&binary());
+        command.args(["agent", "--node", name, "--controller", "https://10.77.0.1:15012", "--root-cert"]);
+        command.arg(self.dir.join("state/root-cert.pem")).arg("--token-file").arg(self.dir.join("state/tokens").join(name));
+        command.arg("--netns-dir").arg(self.dir.join(name).join("netns")).arg("--bpf-dir").arg(self.dir.join(name).join("bpf"));
+        self.agents[node] = Some(self.spawn(command, &format!("agent-{name}")));
+        let started = format!("agent-{name}");
+        eventually("the agent starts", || self.log(&started).contains("agent started"));
+    }
+
+    /// Ends the agent of a node at once.
+    pub fn kill_agent(&mut self, node: usize) {
+        end(&mut self.agents[node]);
+    }
+
+    /// Makes a pod; in the mesh it is enrolled when this returns.
+    ///
+    /// # Panics
+    /// When it cannot be made, or is not enrolled in time.
+    pub fn pod(&mut self, spec: PodSpec<'_>) -> Pod {
+        let PodSpec { name, namespace, node, enrolled } = spec;
+        self.pods += 1;
+        let (v4, v6) = (Ipv4Addr::new(10, 77, 1, self.pods as u8), Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 1, self.pods));
+        let label = if enrolled { "enabled" } else { "disabled" };
+        self.apply(
+            &format!("pod-{name}"),
+            &format!(
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, \
+                 labels: {{app: {name}, culvert.dev/mesh: {label}}}}}\n\
+                 spec: {{nodeName: {}, serviceAccountName: {name}, containers: [{{name: app, image: none}}]}}\n\
+                 status: {{phase: Running, podIP: {v4}, podIPs: [{{ip: {v4}}}, {{ip: \"{v6}\"}}], \
+                 conditions: [{{type: Ready, status: \"True\"}}]}}\n",
+                NODES[node]
+            ),
+        );
+        let netns = Namespace::new(&format!("{}-p{}", self.id, self.pods));
+        netns.ip(&format!("link add eth0 type veth peer name v{} netns {}", self.pods, self.nodes[node].name()));
+        self.nodes[node].ip(&format!("link set v{} master br0", self.pods));
+        self.nodes[node].ip(&format!("link set v{} up", self.pods));
+        netns.ip("link set eth0 up");
+        netns.ip(&format!("addr add {v4}/16 dev eth0"));
+        netns.ip(&format!("addr add {v6}/64 dev eth0 nodad"));
+        let mount = self.dir.join(NODES[node]).join("netns").join(name);
+        File::create(&mount).expect("a file to mount on");
+        let mounted = Command::new("mount").arg("--bind").arg(netns.path()).arg(&mount).status().expect("mount is there");
+        assert!(mounted.success());
+        let pod = Pod { netns, v4: v4.into(), v6: v6.into(), mount };
+        if enrolled {
+            let log = format!("agent-{}", NODES[node]);
+            let line = format!("pod enrolled pod={name} ");
+            eventually(&format!("{name} is enrolled"), || self.log(&log).contains(&line));
+        }
+        pod
+    }
+
+    /// Writes a manifest, as a whole.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    pub fn apply(&self, name: &str, text: &str) {
+        let manifests = self.dir.join("manifests");
+        fs::create_dir_all(&manifests).expect("a directory");
+        let half = self.dir.join("half-written");
+        fs::write(&half, text).expect("a file");
+        fs::rename(half, manifests.join(format!("{name}.yaml"))).expect("a file moved");
+    }
+
+    /// Removes a manifest.
+    ///
+    /// # Panics
+    /// When it is not there.
+    pub fn delete(&self, name: &str) {
+        fs::remove_file(self.dir.join("manifests").join(format!("{name}.yaml"))).expect("a manifest");
+    }
+
+    /// Sets the mode of all ports in a namespace.
+    pub fn mode(&self, namespace: &str, mode: &str) {
+        let text = format!(
+            "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: default, namespace: {namespace}}}\n\
+             spec: {{mtls: {{mode: {mode}}}}}\n"
+        );
+        self.apply(&format!("mode-{namespace}"), &text);
+    }
+
+    /// Captures what passes between the nodes.
+    #[must_use]
+    pub fn capture_between_nodes(&self) -> Capture {
+        Capture::start(&self.fabric)
+    }
+
+    /// Captures what passes within a node, outside of its pods.
+    #[must_use]
+    pub fn capture_on_node(&self, node: usize) -> Capture {
+        Capture::start(&self.nodes[node])
+    }
+
+    /// A node's network namespace.
+    #[must_use]
+    pub fn node(&self, node: usize) -> &Namespace {
+        &self.nodes[node]
+    }
+
+    /// What `controller`, `agent-a` or `agent-b` has logged.
+    #[must_use]
+    pub fn log(&self, who: &str) -> String {
+        fs::read_to_string(self.dir.join(format!("{who}.log"))).unwrap_or_default()
+    }
+
+    fn spawn(&self, mut command: Command, name: &str) -> Child {
+        let log = File::create(self.dir.join(format!("{name}.log"))).expect("a log");
+        command.stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("nsenter is installed")
+    }
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        self.agents.iter_mut().for_each(end);
+        end(&mut self.controller);
+        if std::thread::panicking() {
+            for who in ["controller", "agent-a", "agent-b"] {
+                eprintln!("--- {who}\n{}", tail(&self.log(who)));
+            }
+        }
+        for name in NODES {
+            let bpf = self.dir.join(name).join("bpf");
+            for mount in [bpf.join(name), bpf] {
+                let _not_mounted = Command::new("umount").arg(mount).output();
+            }
+        }
+        remove(&self.dir);
+    }
+}
+
+fn remove(dir: &Path) {
+    let _left_by_a_pod_that_lives_on = fs::remove_dir_all(dir);
+}
+
+fn tail(log: &str) -> String {
+    let lines: Vec<_> = log.lines().collect();
+    lines[lines.len().saturating_sub(40)..].join("\n")
+}
+
+fn end(child: &mut Option<Child>) {
+    if let Some(mut child) = child.take() {
+        let _ended_already = child.kill();
+        let _status = child.wait();
+    }
+}
+
+fn binary() -> String {
+    std::env::var("CULVERT_BIN").expect("CULVERT_BIN names the binary under test: run `cargo xtask test node`")
+}
