@@ -184,6 +184,9 @@ impl Mesh {
         let mounted = Command::new("mount").arg("--bind").arg(netns.path()).arg(&mount).status().expect("mount is there");
         assert!(mounted.success());
         let pod = Pod { netns, v4: v4.into(), v6: v6.into(), mount };
+        // Both agents see all processes of this kernel: each has to learn that the namespace is a pod, or none of its own.
+        let outside = SocketAddr::from(([10, 77, 0, 1], 15012));
+        eventually(&format!("{name} may connect"), || crate::app::connect(&pod.netns, outside).is_ok());
         if enrolled {
             let log = format!("agent-{}", NODES[node]);
             let line = format!("pod enrolled pod={name} ");

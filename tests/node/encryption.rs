@@ -97,7 +97,7 @@ fn the_narrowest_mode_wins() {
              spec: {{selector: {{matchLabels: {{app: server}}}}, mtls: {{mode: {mode}}}, portLevelMtls: {{8081: {{mode: {port_mode}}}}}}}\n"
         )
     };
-    assert!(takes_plaintext(PORT), "PERMISSIVE is the default");
+    eventually("PERMISSIVE is the default", || takes_plaintext(PORT));
     mesh.mode("istio-system", "STRICT");
     eventually("the mesh's STRICT holds", || !takes_plaintext(PORT));
     mesh.mode("shop", "PERMISSIVE");
@@ -119,6 +119,7 @@ fn a_manifest_that_cannot_be_read_leaves_the_last_good_state_in_force() {
     let outsider = mesh.pod(PodSpec { name: "outsider", namespace: "shop", node: 0, enrolled: false });
     app::server(&server.netns, PORT, app::echo);
     let takes_plaintext = || app::converse(&outsider.netns, server.at(false, PORT), "hello").is_ok();
+    eventually("PERMISSIVE holds", takes_plaintext);
     mesh.mode("shop", "STRICT");
     eventually("STRICT holds", || !takes_plaintext());
     mesh.mode("shop", "STRICTLY");

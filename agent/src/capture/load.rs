@@ -286,7 +286,7 @@ pub fn remove(bpf_dir: &Path, node: &str) -> Result<(), CaptureError> {
         if mount.netns_inode().is_some()
             && let Ok(Some(netns)) = Netns::open(&mount.point)
         {
-            attempt(&mount.point, netns.enter(|| routing::undo_here(false)));
+            attempt(&mount.point, netns.enter(|| routing::undo_here(&[])));
         }
     }
     if failures.is_empty() { Ok(()) } else { Err(CaptureError::Remove { failures }) }

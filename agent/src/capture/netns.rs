@@ -236,6 +236,8 @@ pub(super) fn listen_here(v4: bool) -> io::Result<TcpListener> {
     }
     socket.set_mark(LISTENER_MARK)?;
     socket.bind(&loopback.into())?;
+    // Accepted connections inherit it, and keep the port that they were dialled on from nobody: an application may listen on it.
+    socket.set_reuse_address(true)?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
 }

@@ -1,8 +1,8 @@
 //! What an enrolled pod's namespace needs so that replies to a client's own address come back to the agent.
 //!
-//! One sysctl, one rule and one route a family; nothing else in the namespace changes. The agent's connection to the application
-//! carries [`DELIVERY_MARK`] and the client's address; `tcp_fwmark_accept` gives the mark to the application's socket, and
-//! the rule and the route deliver what that socket sends to the loopback interface. All is undone when the last user is gone.
+//! Three sysctls, one rule and one route a family; nothing else in the namespace changes. The agent's connection to the application
+//! carries [`DELIVERY_MARK`] and the client's address; the sysctls give the mark to what answers it, and the rule and the route
+//! deliver that to the loopback interface. All is undone when the last user is gone.
 
 use std::io;
 use std::net::IpAddr;
@@ -18,7 +18,13 @@ use netlink_sys::Socket;
 use super::netlink;
 use super::netns::{DELIVERY_MARK, DELIVERY_TABLE, Netns};
 
-const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+/// The application's socket takes over the mark of the agent's connection; and so does the reset that refuses one where nothing
+/// listens, which has no socket.
+const SYSCTLS: [&str; 3] = [
+    "/proc/sys/net/ipv4/tcp_fwmark_accept",
+    "/proc/sys/net/ipv4/fwmark_reflect",
+    "/proc/sys/net/ipv6/fwmark_reflect",
+];
 /// The loopback device is the first of every namespace (`net/core/dev.c` asserts it).
 const LOOPBACK: u32 = 1;
 /// Before the main table (32766), after the local one (0).
@@ -31,8 +37,8 @@ pub(super) struct Routing(Arc<Mutex<State>>);
 #[derive(Debug, Default)]
 struct State {
     users: usize,
-    /// The sysctl was off before.
-    sysctl_set: bool,
+    /// The sysctls that were off before.
+    sysctls_set: Vec<&'static str>,
 }
 
 /// Keeps a namespace's routing in place. On drop it is undone, on a thread that may block, when no other user is left.
@@ -61,9 +67,16 @@ impl Routing {
             change(&socket, RouteNetlinkMessage::NewRoute(route(family)), NLM_F_CREATE | NLM_F_EXCL)?;
             change(&socket, RouteNetlinkMessage::NewRule(rule(family)), NLM_F_CREATE | NLM_F_EXCL)?;
         }
-        if std::fs::read(FWMARK_ACCEPT)?.first() == Some(&b'0') {
-            std::fs::write(FWMARK_ACCEPT, "1")?;
-            state.sysctl_set = true;
+        for sysctl in SYSCTLS {
+            match std::fs::read(sysctl) {
+                Ok(value) if value.first() == Some(&b'0') => {
+                    std::fs::write(sysctl, "1")?;
+                    state.sysctls_set.push(sysctl);
+                }
+                // A kernel without IPv6 has no such file.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
         state.users += 1;
         drop(state);
@@ -76,7 +89,7 @@ impl Routing {
         if state.users > 0 {
             return Ok(());
         }
-        netns.enter(|| undo_here(std::mem::take(&mut state.sysctl_set)))
+        netns.enter(|| undo_here(&std::mem::take(&mut state.sysctls_set)))
     }
 }
 
@@ -91,19 +104,19 @@ impl Drop for RoutingLease {
     }
 }
 
-/// Removes the rules and routes from the calling thread's namespace, and the sysctl when `sysctl` says so.
+/// Removes the rules and routes from the calling thread's namespace, and switches `sysctls` off.
 ///
 /// # Errors
 /// The first step that failed; the others are done all the same.
-pub(super) fn undo_here(sysctl: bool) -> io::Result<()> {
+pub(super) fn undo_here(sysctls: &[&str]) -> io::Result<()> {
     let socket = netlink::open(netlink_sys::protocols::NETLINK_ROUTE)?;
     let mut result = Ok(());
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         result = result.and(change(&socket, RouteNetlinkMessage::DelRule(rule(family)), 0));
         result = result.and(change(&socket, RouteNetlinkMessage::DelRoute(route(family)), 0));
     }
-    if sysctl {
-        result = result.and(std::fs::write(FWMARK_ACCEPT, "0"));
+    for sysctl in sysctls {
+        result = result.and(std::fs::write(sysctl, "0"));
     }
     result
 }
