@@ -242,6 +242,24 @@ impl Mesh {
         &self.nodes[node]
     }
 
+    /// The names of what the agent of a node has pinned, in order.
+    #[must_use]
+    pub fn pins(&self, node: &str) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut places = vec![self.dir.join(node).join("bpf")];
+        while let Some(place) = places.pop() {
+            for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    places.push(entry.path());
+                } else {
+                    found.push(entry.file_name().to_string_lossy().into_owned());
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+
     /// What `controller`, `agent-a` or `agent-b` has logged.
     #[must_use]
     pub fn log(&self, who: &str) -> String {

@@ -1,7 +1,6 @@
-//! `build`, `demo` and `bench`: the binary, and what is run with it.
+//! `build` and `demo`: the binary, and what is shown with it.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 
@@ -21,34 +20,18 @@ pub(crate) fn build(release: bool) -> Result<PathBuf> {
     Ok(target.join(if release { "release/culvert" } else { "debug/culvert" }))
 }
 
-/// Shows the main job.
-pub(crate) fn demo(keep: bool) -> Result<()> {
-    let mut command = with_harness("demo")?;
+/// Shows the main job, with a program of the tests' that drives the binary.
+pub(crate) fn demo(keep: bool, remove: bool) -> Result<()> {
+    ensure!(setup::is_root(), "network namespaces and eBPF need root");
+    setup::ensure(Scope::Test)?;
+    let binary = build(false)?;
+    let mut command = cargo();
+    command.args(["run", "--quiet", "--package", "culvert-tests", "--bin", "demo", "--"]).env("CULVERT_BIN", binary);
     if keep {
         command.arg("--keep");
     }
-    run(&mut command)
-}
-
-/// Measures.
-pub(crate) fn bench(json: Option<PathBuf>, quick: bool) -> Result<()> {
-    let mut command = with_harness("bench")?;
-    if let Some(json) = json {
-        command.arg("--json").arg(std::path::absolute(json)?);
-    }
-    if quick {
-        command.arg("--quick");
+    if remove {
+        command.arg("--remove");
     }
     run(&mut command)
-}
-
-/// A program of the tests' that drives the optimised binary.
-fn with_harness(program: &str) -> Result<Command> {
-    ensure!(setup::is_root(), "network namespaces and eBPF need root");
-    setup::ensure(Scope::Test)?;
-    let binary = build(true)?;
-    let mut command = cargo();
-    command.args(["run", "--quiet", "--release", "--package", "culvert-tests", "--bin", program, "--"]);
-    command.env("CULVERT_BIN", Path::new(&binary));
-    Ok(command)
 }

@@ -44,18 +44,12 @@ enum Verb {
     },
     /// Shows the main job: two nodes, four pods, nginx and curl, beside what the wire sees.
     Demo {
-        /// Leaves everything running until Enter is pressed.
+        /// Leaves everything running, and says how to use it.
         #[arg(long)]
         keep: bool,
-    },
-    /// Measures throughput, latency, connections, CPU and memory, direct and through Culvert, in one run.
-    Bench {
-        /// Also writes the figures here.
-        #[arg(long, value_name = "FILE")]
-        json: Option<std::path::PathBuf>,
-        /// Shorter rounds: figures scatter more.
-        #[arg(long)]
-        quick: bool,
+        /// Removes what --keep left, and does nothing else.
+        #[arg(long, conflicts_with = "keep")]
+        remove: bool,
     },
 }
 
@@ -65,8 +59,7 @@ fn main() -> ExitCode {
         Verb::Build { release } => launch::build(release).map(drop),
         Verb::Check => check::all(),
         Verb::Test { suite, filter } => test::run(suite, filter.as_deref()),
-        Verb::Demo { keep } => launch::demo(keep),
-        Verb::Bench { json, quick } => launch::bench(json, quick),
+        Verb::Demo { keep, remove } => launch::demo(keep, remove),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -20,11 +20,8 @@ use super::netns::{DELIVERY_MARK, DELIVERY_TABLE, Netns};
 
 /// The application's socket takes over the mark of the agent's connection; and so does the reset that refuses one where nothing
 /// listens, which has no socket.
-const SYSCTLS: [&str; 3] = [
-    "/proc/sys/net/ipv4/tcp_fwmark_accept",
-    "/proc/sys/net/ipv4/fwmark_reflect",
-    "/proc/sys/net/ipv6/fwmark_reflect",
-];
+const SYSCTLS: [&str; 3] =
+    ["/proc/sys/net/ipv4/tcp_fwmark_accept", "/proc/sys/net/ipv4/fwmark_reflect", "/proc/sys/net/ipv6/fwmark_reflect"];
 /// The loopback device is the first of every namespace (`net/core/dev.c` asserts it).
 const LOOPBACK: u32 = 1;
 /// Before the main table (32766), after the local one (0).
