@@ -59,9 +59,9 @@ impl Netns {
             return Ok(None);
         }
         let inode = file.metadata()?.ino();
-        let fd = Arc::new(OwnedFd::from(file));
-        let cookie = enter(fd.as_fd(), cookie_here)?;
-        Ok(Some(Self { fd, inode, cookie }))
+        // What is kept open must not be the mount: nobody could unmount a namespace that the agent knows.
+        let (own, cookie) = enter(file.as_fd(), || Ok((File::open(CURRENT)?, cookie_here()?)))?;
+        Ok(Some(Self { fd: Arc::new(own.into()), inode, cookie }))
     }
 
     /// The calling thread's own namespace.
