@@ -4,3 +4,4 @@ mod authorization;
 mod encryption;
 mod lifecycle;
 mod transparency;
+mod volume;
