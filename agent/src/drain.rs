@@ -1,18 +1,21 @@
 //! Graceful stop: the signal, the wait for open connections, and the end of those that don't end in time.
 //!
-//! Enters: SIGTERM or SIGINT ([`Drain::on_signal`]) or a call ([`Drain::start`]), and a [`DrainGuard`] for each connection. Leaves:
-//! first "take nothing new" ([`Drain::started`]), then, past the deadline or on a second signal, "end now"
-//! ([`DrainGuard::forced`]). The process may end when [`Drain::finish`] returns.
+//! Enters: SIGTERM or SIGINT ([`Drain::on_signal`]) or a call ([`Drain::start`]), and every connection's task ([`Drain::spawn`]).
+//! Leaves: first "take nothing new" ([`Drain::started`]); then, past the deadline or on a second signal, the tasks are dropped where
+//! they stand, and with them their connections, which are reset. The process may end when [`Drain::finish`] returns.
 
+use std::collections::HashMap;
+use std::future::Future;
 use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::{AbortHandle, Id};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tokio_util::task::task_tracker::TaskTrackerToken;
 
-/// What forced connections get to write their last words: a reset, an access-log line.
+/// What connections that are dropped get to write their last words: a reset, an access-log line.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// The stop of one agent. Clones share it.
@@ -21,14 +24,7 @@ pub struct Drain {
     started: CancellationToken,
     forced: CancellationToken,
     connections: TaskTracker,
-}
-
-/// Held by a connection while it is open.
-#[derive(Debug)]
-pub struct DrainGuard {
-    started: CancellationToken,
-    forced: CancellationToken,
-    _open: TaskTrackerToken,
+    tasks: Arc<Mutex<HashMap<Id, AbortHandle>>>,
 }
 
 /// How a drain ended.
@@ -93,7 +89,9 @@ impl Drain {
     /// Ends every open connection now.
     pub fn force(&self) {
         self.started.cancel();
+        let tasks = self.lock();
         self.forced.cancel();
+        tasks.values().for_each(AbortHandle::abort);
     }
 
     /// Waits until the stop has begun.
@@ -107,22 +105,20 @@ impl Drain {
         self.started.is_cancelled()
     }
 
-    /// The token of "end now", for what takes a token.
-    #[must_use]
-    pub fn forced_token(&self) -> &CancellationToken {
-        &self.forced
-    }
-
-    /// The token of "take nothing new", for what takes a token.
-    #[must_use]
-    pub fn token(&self) -> &CancellationToken {
-        &self.started
-    }
-
-    /// Counts a connection as open until the guard is dropped.
-    #[must_use = "the connection is waited for only while this is held"]
-    pub fn guard(&self) -> DrainGuard {
-        DrainGuard { started: self.started.clone(), forced: self.forced.clone(), _open: self.connections.token() }
+    /// Runs a connection, which counts as open until `task` ends. Forced, `task` is dropped.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        // Held until the task is entered: it may end before this function does.
+        let mut tasks = self.lock();
+        let drain = self.clone();
+        let spawned = self.connections.spawn(async move {
+            task.await;
+            drain.lock().remove(&tokio::task::id());
+        });
+        if self.forced.is_cancelled() {
+            spawned.abort();
+        } else {
+            tasks.insert(spawned.id(), spawned.abort_handle());
+        }
     }
 
     /// How many connections are open.
@@ -149,17 +145,10 @@ impl Drain {
         }
         if left == 0 { Drained::Clean } else { Drained::Forced(left) }
     }
-}
 
-impl DrainGuard {
-    /// Waits until the stop has begun: a connection that can end in order may do so.
-    pub async fn started(&self) {
-        self.started.cancelled().await;
-    }
-
-    /// Waits until the connection must end.
-    pub async fn forced(&self) {
-        self.forced.cancelled().await;
+    fn lock(&self) -> MutexGuard<'_, HashMap<Id, AbortHandle>> {
+        // Every change of the table is one call: a panic cannot leave it half changed.
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -179,49 +168,51 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_stop_waits_for_connections_that_end_by_themselves() {
         let drain = Drain::new();
-        let guard = drain.guard();
-        let connection = tokio::spawn(async move {
-            guard.started().await;
+        let stop = drain.clone();
+        drain.spawn(async move {
+            stop.started().await;
             tokio::time::sleep(Duration::from_secs(5)).await;
         });
+        assert_eq!(drain.open(), 1);
         assert_eq!(drain.finish(LONG).await, Drained::Clean);
-        connection.await.expect("no panic");
-        assert_eq!(drain.open(), 0);
+        assert_eq!((drain.open(), drain.lock().len()), (0, 0));
     }
 
     #[tokio::test(start_paused = true)]
     async fn connections_are_forced_at_the_deadline_and_not_before() {
         let drain = Drain::new();
-        let guard = drain.guard();
         let began = tokio::time::Instant::now();
-        let connection = tokio::spawn(async move {
-            guard.forced().await;
-            began.elapsed()
+        let (dropped, mut heard) = tokio::sync::mpsc::channel::<()>(1);
+        drain.spawn(async move {
+            let _dropped = dropped;
+            std::future::pending::<()>().await;
         });
         assert_eq!(drain.finish(Duration::from_secs(10)).await, Drained::Forced(1));
-        let forced_after = connection.await.expect("no panic");
-        assert!((Duration::from_secs(10)..Duration::from_secs(11)).contains(&forced_after), "{forced_after:?}");
+        assert_eq!(heard.recv().await, None);
+        assert!((Duration::from_secs(10)..Duration::from_secs(11)).contains(&began.elapsed()));
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_connection_that_ignores_the_end_does_not_hold_up_the_stop() {
+    #[tokio::test]
+    async fn a_connection_that_comes_after_the_end_is_dropped() {
         let drain = Drain::new();
-        let _guard = drain.guard();
-        assert_eq!(drain.finish(Duration::from_secs(1)).await, Drained::Forced(1));
+        drain.force();
+        drain.spawn(std::future::pending());
+        drain.finish(LONG).await;
+        assert_eq!(drain.open(), 0);
     }
 
     #[tokio::test]
     async fn the_first_signal_starts_and_the_second_forces() {
         let drain = Drain::new();
-        let guard = drain.guard();
+        drain.spawn(std::future::pending());
         let watcher = tokio::spawn(drain.clone().on_signal(StopSignals::install().expect("handlers")));
         let raise = || nix::sys::signal::raise(nix::sys::signal::Signal::SIGTERM).expect("a signal");
         raise();
         drain.started().await;
         assert!(!drain.forced.is_cancelled());
         raise();
-        guard.forced().await;
         watcher.await.expect("no panic");
-        assert_eq!(drain.finish(LONG).await, Drained::Forced(1));
+        drain.finish(LONG).await;
+        assert_eq!(drain.open(), 0);
     }
 }

@@ -30,7 +30,7 @@ use crate::model::{CloseReason, Flow, Mode, PeerAddr, Snapshot, SpiffeId, Verdic
 use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Side};
 use crate::policy::evaluate::evaluate;
 use crate::policy::explain::explain;
-use crate::relay::{End, Sink, Source, relay, tcp};
+use crate::relay::{Sink, Source, relay, tcp};
 use crate::serve::{Permits, serve};
 use crate::tunnel::accept::Form;
 use crate::tunnel::{ALPN, TunnelError, accept, tls};
@@ -251,19 +251,8 @@ impl Inbound {
         let (mut source, mut sink) = tcp::split(far);
         let bytes = Arc::clone(open.bytes());
         let counts = (&bytes.sent, &bytes.received);
-        let end = tokio::select! {
-            end = relay(near, (&mut source, &mut sink), counts, registered.cancel.token()) => end,
-            () = self.drain.forced_token().cancelled() => End::Cancelled,
-        };
-        open.close(
-            match end {
-                End::Finished => CloseReason::Finished,
-                End::NearBroke => CloseReason::SourceReset,
-                End::FarBroke => CloseReason::DestinationReset,
-                End::Cancelled => registered.cancel.reason(),
-            },
-            None,
-        );
+        let end = relay(near, (&mut source, &mut sink), counts, &registered.cancel).await;
+        open.close(end.reason(), None);
     }
 }
 

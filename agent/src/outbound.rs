@@ -25,7 +25,7 @@ use crate::drain::Drain;
 use crate::identity::{SvidError, SvidStore};
 use crate::model::{CloseReason, OriginalDst, PeerAddr, Snapshot, SpiffeId, Workload};
 use crate::observe::{ConnectionInfo, Direction, Observer, Security, Side};
-use crate::relay::{End, Sink, Source, relay, tcp};
+use crate::relay::{Cancel, Sink, Source, relay, tcp};
 use crate::serve::{Permits, serve};
 use crate::tunnel::pool::Pool;
 use crate::tunnel::single::Open;
@@ -227,16 +227,9 @@ impl Outbound {
         let open = self.observer.open(info);
         let (mut source, mut sink) = tcp::split(stream);
         let bytes = Arc::clone(open.bytes());
-        let end = relay((&mut source, &mut sink), far, (&bytes.sent, &bytes.received), self.drain.forced_token()).await;
-        open.close(
-            match end {
-                End::Finished => CloseReason::Finished,
-                End::NearBroke => CloseReason::SourceReset,
-                End::FarBroke => CloseReason::DestinationReset,
-                End::Cancelled => CloseReason::Draining,
-            },
-            None,
-        );
+        // Nothing calls an outbound connection off but the end of the agent, which drops it.
+        let end = relay((&mut source, &mut sink), far, (&bytes.sent, &bytes.received), &Cancel::default()).await;
+        open.close(end.reason(), None);
     }
 }
 

@@ -45,11 +45,10 @@ pub async fn serve<F>(
             tcp::reset_on_close(&accepted.stream);
             continue;
         };
-        let guard = drain.guard();
         let handling = handle(accepted);
-        tokio::spawn(async move {
+        drain.spawn(async move {
             handling.await;
-            drop((permit, guard));
+            drop(permit);
         });
     }
 }

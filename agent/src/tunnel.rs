@@ -6,11 +6,14 @@
 
 pub mod accept;
 pub mod dial;
+mod handshake;
 pub mod hbone;
 pub mod pool;
+mod record;
 pub mod single;
 pub mod stream;
 pub mod tls;
+mod tls_stream;
 pub mod verify;
 
 use std::io;

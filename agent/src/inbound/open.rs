@@ -3,11 +3,10 @@
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-
-use tokio_util::sync::CancellationToken;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::model::{CloseReason, Flow};
+use crate::relay::Cancel;
 
 /// Open connections by pod.
 #[derive(Debug, Default)]
@@ -29,13 +28,6 @@ struct Entry {
     cancel: Arc<Cancel>,
 }
 
-/// Calls a connection off, once, with a reason.
-#[derive(Debug, Default)]
-pub struct Cancel {
-    token: CancellationToken,
-    reason: OnceLock<CloseReason>,
-}
-
 /// A connection's entry among the open ones; dropping it removes it.
 #[derive(Debug)]
 pub struct Registered {
@@ -44,27 +36,6 @@ pub struct Registered {
     id: u64,
     /// Fires when the connection must end.
     pub cancel: Arc<Cancel>,
-}
-
-impl Cancel {
-    /// Ends the connection.
-    pub fn cancel(&self, reason: CloseReason) {
-        // The first reason stands.
-        let _earlier = self.reason.set(reason);
-        self.token.cancel();
-    }
-
-    /// Fires when the connection must end.
-    #[must_use]
-    pub fn token(&self) -> &CancellationToken {
-        &self.token
-    }
-
-    /// Why it must end; [`CloseReason::Draining`] when nobody has said.
-    #[must_use]
-    pub fn reason(&self) -> CloseReason {
-        self.reason.get().copied().unwrap_or(CloseReason::Draining)
-    }
 }
 
 impl OpenConnections {

@@ -3,8 +3,6 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use tokio::net::TcpStream;
-use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
 use super::open::Registered;
@@ -29,7 +27,7 @@ pub(super) struct Peer {
 
 impl Inbound {
     /// The streams of an HBONE tunnel, side by side.
-    pub(super) async fn hbone(self: Arc<Self>, pod: Arc<LocalPod>, peer: Peer, mut tunnel: hbone::Inbound<TlsStream<TcpStream>>) {
+    pub(super) async fn hbone(self: Arc<Self>, pod: Arc<LocalPod>, peer: Peer, mut tunnel: hbone::Inbound) {
         let mut draining = false;
         loop {
             let request = tokio::select! {
@@ -44,16 +42,11 @@ impl Inbound {
                     draining = true;
                     continue;
                 }
-                () = self.drain.forced_token().cancelled() => break,
             };
             match request {
                 Some(Ok(request)) => {
                     let (inbound, pod, peer) = (Arc::clone(&self), Arc::clone(&pod), peer.clone());
-                    let guard = self.drain.guard();
-                    tokio::spawn(async move {
-                        inbound.hbone_stream(&pod, &peer, request).await;
-                        drop(guard);
-                    });
+                    self.drain.spawn(async move { inbound.hbone_stream(&pod, &peer, request).await });
                 }
                 Some(Err(error)) => {
                     debug!(peer = %peer.addr, %error, "tunnel broke");
@@ -77,7 +70,6 @@ impl Inbound {
                 Ok(None) => return,
                 Err(error) => return debug!(peer = %peer.addr, %error, "tunnel broke"),
             };
-            let _guard = self.drain.guard();
             match self.single_stream(&pod, &peer, &open, source, sink).await {
                 Some(idle) => tunnel = idle,
                 None => return,
@@ -137,7 +129,7 @@ impl Inbound {
             Err(Refusal { reason, detail }) => {
                 self.observer.fail(&info, reason, &detail);
                 sink.answer(Some(reason)).await.ok()?;
-                return Some(sink.refused(source));
+                return sink.refused(source);
             }
         };
         if let Err(error) = sink.answer(None).await {

@@ -1,50 +1,65 @@
 //! A TCP connection as an endpoint of a relay.
 
-use std::future::poll_fn;
+use std::fmt;
+use std::future::Future;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use nix::sys::uio::{readv, writev};
 use socket2::SockRef;
-use tokio::io::{AsyncWriteExt, Interest};
+use tokio::io::Interest;
 use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::Notify;
 
-use super::{Broken, Sink, Source};
+use super::buffer::{Buffer, Size};
+use super::{Broken, Fault, Sink, Slices, Source};
 
-/// The buffer that a connection reads with at first, in bytes.
-const FIRST_BUFFER: usize = 8 * 1024;
-/// The buffer that a connection reads with once it has shown to fill it, in bytes.
-const LARGEST_BUFFER: usize = 256 * 1024;
-
-/// The half that reads. Holds no buffer while it waits, so that an idle connection costs none.
+/// The half that reads.
 #[derive(Debug)]
 pub struct TcpSource {
-    half: OwnedReadHalf,
-    read_finished: Arc<Notify>,
-    buffer: BytesMut,
-    wanted: usize,
+    stream: Arc<TcpStream>,
+    /// The far end has finished.
+    finished: Arc<AtomicBool>,
+    held: Option<Buffer>,
+    filled: Range<usize>,
+    wanted: Size,
 }
 
 /// The half that writes. Dropped before it has finished, it resets the connection.
-#[derive(Debug)]
 pub struct TcpSink {
-    half: Option<OwnedWriteHalf>,
-    read_finished: Arc<Notify>,
-    finished: bool,
+    stream: Arc<TcpStream>,
+    /// The far end has finished.
+    read_finished: Arc<AtomicBool>,
+    /// Waits for an error of the connection, when nobody reads from it any more.
+    watch: Option<Pin<Box<dyn Future<Output = io::Error> + Send>>>,
+    end: ResetOnDrop,
+}
+
+/// Resets a connection when it is dropped, unless it has been disarmed: an end that nobody meant is no end in order.
+#[derive(Debug)]
+pub(crate) struct ResetOnDrop {
+    stream: Arc<TcpStream>,
+    end: Ending,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    Armed,
+    Disarmed,
+    Reset,
 }
 
 /// Splits a connection into its halves.
 #[must_use]
 pub fn split(stream: TcpStream) -> (TcpSource, TcpSink) {
-    let (read, write) = stream.into_split();
-    let read_finished = Arc::new(Notify::new());
-    let source =
-        TcpSource { half: read, read_finished: Arc::clone(&read_finished), buffer: BytesMut::new(), wanted: FIRST_BUFFER };
-    (source, TcpSink { half: Some(write), read_finished, finished: false })
+    let (stream, finished) = (Arc::new(stream), Arc::new(AtomicBool::new(false)));
+    let (read_finished, end) = (Arc::clone(&finished), ResetOnDrop::new(&stream));
+    let source = TcpSource { stream: Arc::clone(&stream), finished, held: None, filled: 0..0, wanted: Size::default() };
+    (source, TcpSink { stream, read_finished, watch: None, end })
 }
 
 /// Makes the coming close of a connection a reset, not an end of file.
@@ -53,81 +68,157 @@ pub fn reset_on_close(stream: &TcpStream) {
     let _gone = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
-impl TcpSource {
-    fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
-        loop {
-            let stream: &TcpStream = self.half.as_ref();
-            let Poll::Ready(readable) = stream.poll_read_ready(cx) else {
-                self.buffer = BytesMut::new();
-                return Poll::Pending;
-            };
-            readable?;
-            self.buffer.reserve(self.wanted);
-            let read = tokio_util::io::poll_read_buf(Pin::new(&mut self.half), cx, &mut self.buffer);
-            let Poll::Ready(bytes) = read else { continue };
-            let bytes = bytes?;
-            if bytes == 0 {
-                self.buffer = BytesMut::new();
-                self.read_finished.notify_one();
-                return Poll::Ready(Ok(None));
-            }
-            if bytes >= self.wanted {
-                self.wanted = (self.wanted * 4).min(LARGEST_BUFFER);
-            }
-            return Poll::Ready(Ok(Some(self.buffer.split().freeze())));
+/// Reads what has come, and says how many bytes; 0 at the end. A read that leaves room has taken all that there was: the next call
+/// waits for more without asking the kernel.
+pub(crate) fn poll_receive(stream: &TcpStream, cx: &mut Context<'_>, spaces: &mut [IoSliceMut<'_>]) -> Poll<io::Result<usize>> {
+    let room: usize = spaces.iter().map(|space| space.len()).sum();
+    loop {
+        ready!(stream.poll_read_ready(cx))?;
+        let mut received = None;
+        let tried = stream.try_io(Interest::READABLE, || {
+            let bytes = readv(stream, spaces)?;
+            received = Some(bytes);
+            if bytes > 0 && bytes < room { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+        });
+        match (received, tried) {
+            (Some(bytes), _) => return Poll::Ready(Ok(bytes)),
+            (None, Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
+            (None, Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            (None, tried) => return Poll::Ready(tried.map(|()| 0)),
+        }
+    }
+}
+
+/// Writes what the kernel takes, and says how many bytes.
+pub(crate) fn poll_send(stream: &TcpStream, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    let wanted: usize = slices.iter().map(|slice| slice.len()).sum();
+    loop {
+        ready!(stream.poll_write_ready(cx))?;
+        let mut sent = None;
+        let tried = stream.try_io(Interest::WRITABLE, || {
+            let bytes = writev(stream, slices)?;
+            sent = Some(bytes);
+            if bytes < wanted { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+        });
+        match (sent, tried) {
+            (Some(bytes), _) => return Poll::Ready(Ok(bytes)),
+            (None, Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
+            (None, Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            (None, tried) => return Poll::Ready(tried.map(|()| 0)),
         }
     }
 }
 
 impl Source for TcpSource {
-    async fn chunk(&mut self) -> Result<Option<Bytes>, Broken> {
-        poll_fn(|cx| self.poll_chunk(cx)).await
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<()>, Broken>> {
+        if !self.filled.is_empty() {
+            return Poll::Ready(Ok(Some(())));
+        }
+        let mut buffer = Buffer::take(self.wanted);
+        let bytes = ready!(self.poll_read(cx, &mut [IoSliceMut::new(&mut buffer)]))?;
+        if bytes == buffer.len() {
+            self.wanted = self.wanted.larger();
+        }
+        self.filled = 0..bytes;
+        self.held = Some(buffer);
+        Poll::Ready(Ok((bytes > 0).then_some(())))
     }
 
-    fn passed_on(&mut self, _bytes: usize) {}
+    fn filled<'a>(&'a self, slices: &mut Slices<'a>) {
+        if let Some(buffer) = &self.held {
+            slices.push(&buffer[self.filled.clone()]);
+        }
+    }
+
+    fn consume(&mut self, bytes: usize) {
+        self.filled.start += bytes;
+        if self.filled.is_empty() {
+            self.held = None;
+        }
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>, spaces: &mut [IoSliceMut<'_>]) -> Poll<Result<usize, Broken>> {
+        let bytes = ready!(poll_receive(&self.stream, cx, spaces))?;
+        if bytes == 0 {
+            self.finished.store(true, Ordering::Relaxed);
+        }
+        Poll::Ready(Ok(bytes))
+    }
 }
 
 impl Sink for TcpSink {
-    async fn write(&mut self, chunk: Bytes) -> Result<(), Broken> {
-        Ok(self.half()?.write_all(&chunk).await?)
+    fn poll_move<S: Source>(&mut self, cx: &mut Context<'_>, source: &mut S) -> Poll<Result<usize, Fault>> {
+        if ready!(source.poll_fill(cx)).map_err(|Broken(_)| Fault::Source)?.is_none() {
+            return Poll::Ready(Ok(0));
+        }
+        let mut slices = Slices::default();
+        source.filled(&mut slices);
+        let sent = ready!(poll_send(&self.stream, cx, slices.as_slice())).map_err(|_error| Fault::Sink)?;
+        source.consume(sent);
+        Poll::Ready(Ok(sent))
+    }
+
+    fn poll_finish(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        self.end.disarm();
+        Poll::Ready(SockRef::from(&*self.stream).shutdown(std::net::Shutdown::Write).map_err(Broken))
     }
 
     /// While the connection is read from, a reset shows there; afterwards it shows here.
-    async fn broken(&mut self) -> Broken {
-        self.read_finished.notified().await;
-        self.read_finished.notify_one();
-        let Ok(half) = self.half() else { return std::future::pending().await };
-        let stream: &TcpStream = half.as_ref();
-        match stream.ready(Interest::ERROR).await {
-            Ok(_) => Broken(stream.take_error().ok().flatten().unwrap_or_else(|| std::io::ErrorKind::ConnectionReset.into())),
-            Err(error) => Broken(error),
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
+        if !self.read_finished.load(Ordering::Relaxed) {
+            return Poll::Pending;
         }
-    }
-
-    async fn finish(&mut self) -> Result<(), Broken> {
-        self.finished = true;
-        Ok(self.half()?.shutdown().await?)
+        let watch = self.watch.get_or_insert_with(|| Box::pin(error_of(Arc::clone(&self.stream))));
+        let error = ready!(watch.as_mut().poll(cx));
+        self.watch = None;
+        Poll::Ready(Broken(error))
     }
 
     fn reset(&mut self) {
-        if let Some(half) = self.half.take() {
-            reset_on_close(half.as_ref());
-            // Dropping the half would send a FIN first.
-            half.forget();
+        self.end.reset();
+    }
+}
+
+impl fmt::Debug for TcpSink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TcpSink").field("stream", &self.stream).field("end", &self.end).finish_non_exhaustive()
+    }
+}
+
+impl ResetOnDrop {
+    pub(crate) fn new(stream: &Arc<TcpStream>) -> Self {
+        Self { stream: Arc::clone(stream), end: Ending::Armed }
+    }
+
+    /// The connection has ended in order, as far as this half goes. One that was reset stays so.
+    pub(crate) fn disarm(&mut self) {
+        if self.end == Ending::Armed {
+            self.end = Ending::Disarmed;
         }
     }
-}
 
-impl TcpSink {
-    fn half(&mut self) -> Result<&mut OwnedWriteHalf, Broken> {
-        self.half.as_mut().ok_or_else(|| Broken(std::io::ErrorKind::NotConnected.into()))
+    pub(crate) fn is_disarmed(&self) -> bool {
+        self.end == Ending::Disarmed
+    }
+
+    /// Makes the connection's close a reset.
+    pub(crate) fn reset(&mut self) {
+        self.end = Ending::Reset;
+        reset_on_close(&self.stream);
     }
 }
 
-impl Drop for TcpSink {
+impl Drop for ResetOnDrop {
     fn drop(&mut self) {
-        if !self.finished {
+        if self.end == Ending::Armed {
             self.reset();
         }
+    }
+}
+
+async fn error_of(stream: Arc<TcpStream>) -> io::Error {
+    match stream.ready(Interest::ERROR).await {
+        Ok(_) => stream.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+        Err(error) => error,
     }
 }

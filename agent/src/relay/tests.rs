@@ -13,7 +13,7 @@ struct Relayed {
     client: TcpStream,
     server: TcpStream,
     counts: Arc<(AtomicU64, AtomicU64)>,
-    cancel: CancellationToken,
+    cancel: Arc<Cancel>,
     task: JoinHandle<End>,
 }
 
@@ -22,8 +22,8 @@ impl Relayed {
         let (client, near) = pair().await;
         let (far, server) = pair().await;
         let counts = Arc::new((AtomicU64::new(0), AtomicU64::new(0)));
-        let cancel = CancellationToken::new();
-        let (shared, token) = (Arc::clone(&counts), cancel.clone());
+        let cancel = Arc::new(Cancel::default());
+        let (shared, token) = (Arc::clone(&counts), Arc::clone(&cancel));
         let task = tokio::spawn(async move {
             let ((mut near, mut near_sink), (mut far, mut far_sink)) = (tcp::split(near), tcp::split(far));
             relay((&mut near, &mut near_sink), (&mut far, &mut far_sink), (&shared.0, &shared.1), &token).await
@@ -41,6 +41,18 @@ async fn pair() -> (TcpStream, TcpStream) {
 
 fn reset(stream: TcpStream) {
     SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+}
+
+#[test]
+fn bytes_are_copied_from_slices_to_spaces_of_other_sizes() {
+    let (one, two) = (b"abcdef", b"ghi");
+    let slices = [IoSlice::new(one), IoSlice::new(&[]), IoSlice::new(two)];
+    for (first, second, expected) in [(4, 9, "abcdefghi"), (0, 3, "abc"), (9, 0, "abcdefghi"), (1, 1, "ab")] {
+        let (mut left, mut right) = (vec![0; first], vec![0; second]);
+        let copied = copy(&slices, &mut [IoSliceMut::new(&mut left), IoSliceMut::new(&mut right)]);
+        let seen = [left, right].concat();
+        assert_eq!(&seen[..copied], expected.as_bytes());
+    }
 }
 
 #[tokio::test]
@@ -109,8 +121,8 @@ async fn a_cancelled_relay_resets_both_ends() {
     let mut relayed = Relayed::start().await;
     relayed.client.write_all(b"x").await.unwrap();
     relayed.server.read_exact(&mut [0; 1]).await.unwrap();
-    relayed.cancel.cancel();
-    assert_eq!(relayed.task.await.unwrap(), End::Cancelled);
+    relayed.cancel.cancel(CloseReason::PolicyChanged);
+    assert_eq!(relayed.task.await.unwrap(), End::Cancelled(CloseReason::PolicyChanged));
     for end in [&mut relayed.client, &mut relayed.server] {
         assert_eq!(end.read(&mut [0; 1]).await.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
     }

@@ -5,11 +5,9 @@ use std::sync::Arc;
 use rustls::ServerConfig;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 
 use super::verify::peer_identity;
-use super::{HANDSHAKE_TIMEOUT, TunnelError, hbone, single, tune};
+use super::{HANDSHAKE_TIMEOUT, TunnelError, handshake, hbone, single, tune};
 use crate::model::{PeerAddr, SpiffeId};
 
 /// A tunnel that a peer opened.
@@ -23,7 +21,7 @@ pub struct Accepted {
 /// An accepted tunnel's form.
 pub enum Form {
     /// Carries many streams at once.
-    Hbone(hbone::Inbound<TlsStream<TcpStream>>),
+    Hbone(hbone::Inbound),
     /// Carries one stream at a time.
     Single(single::Idle),
 }
@@ -39,14 +37,13 @@ pub async fn handshake(stream: TcpStream, peer: PeerAddr, config: Arc<ServerConf
     let peer = peer.0;
     tune(&stream).map_err(|source| TunnelError::Connect { peer, source })?;
     let accepting = async {
-        let tls = TlsAcceptor::from(config).accept(stream).await.map_err(|source| TunnelError::Handshake { peer, source })?;
-        let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
-        let source = peer_identity(chain)
+        let established = handshake::accept(stream, config).await.map_err(|source| TunnelError::Handshake { peer, source })?;
+        let source = peer_identity(&established.chain)
             .map_err(|error| TunnelError::Handshake { peer, source: std::io::Error::other(error.to_string()) })?;
-        let tunnel = if tls.get_ref().1.alpn_protocol() == Some(single::ALPN) {
-            Form::Single(single::Idle::new(tls.into()))
+        let tunnel = if established.alpn.as_deref() == Some(single::ALPN) {
+            Form::Single(single::Idle::new(established.tls))
         } else {
-            Form::Hbone(hbone::Inbound::start(tls).await?)
+            Form::Hbone(hbone::Inbound::start(established.tls).await?)
         };
         Ok(Accepted { source, tunnel })
     };

@@ -3,12 +3,10 @@
 use std::sync::Arc;
 
 use rustls::ClientConfig;
-use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 
-use super::{HANDSHAKE_TIMEOUT, Tunnel, TunnelError, hbone, single, tune};
+use super::{HANDSHAKE_TIMEOUT, Tunnel, TunnelError, handshake, hbone, single, tune};
 use crate::model::PeerAddr;
 
 /// Authenticates both sides and starts the tunnel. Whom the peer must be is in `config`.
@@ -23,13 +21,11 @@ pub async fn handshake(stream: TcpStream, peer: PeerAddr, config: Arc<ClientConf
     let peer = peer.0;
     tune(&stream).map_err(|source| TunnelError::Connect { peer, source })?;
     let connecting = async {
-        // The name is not sent: the peer's identity is checked, not its address.
-        let tls = TlsConnector::from(config).connect(ServerName::from(peer.ip()), stream).await;
-        let tls = tls.map_err(|source| TunnelError::Handshake { peer, source })?;
-        if tls.get_ref().1.alpn_protocol() == Some(single::ALPN) {
-            return Ok(Tunnel::Single(single::Idle::new(tls.into())));
+        let established = handshake::connect(stream, config).await.map_err(|source| TunnelError::Handshake { peer, source })?;
+        if established.alpn.as_deref() == Some(single::ALPN) {
+            return Ok(Tunnel::Single(single::Idle::new(established.tls)));
         }
-        Ok(Tunnel::Hbone(hbone::Outbound::start(tls).await?))
+        Ok(Tunnel::Hbone(hbone::Outbound::start(established.tls).await?))
     };
     timeout(HANDSHAKE_TIMEOUT, connecting).await.map_err(|_elapsed| TunnelError::TimedOut { peer })?
 }

@@ -5,20 +5,22 @@
 //! window is so large that one slow stream cannot hold up another.
 
 use std::future::poll_fn;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
 
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes};
 use h2::{Reason, RecvStream, SendStream, client, server};
 use http::{HeaderName, Method, Request, Response, StatusCode};
-use tokio::io::{AsyncRead, AsyncWrite};
 use tracing::{Instrument as _, debug};
 
 use super::TunnelError;
+use super::tls_stream::TlsStream;
 use crate::model::CloseReason;
-use crate::relay::{Broken, Sink, Source};
+use crate::relay::buffer::{Buffer, Size};
+use crate::relay::{Broken, Fault, Sink, Slices, Source};
 
 /// The ALPN protocol of this form.
 pub const ALPN: &[u8] = b"h2";
@@ -30,6 +32,8 @@ const TUNNEL_WINDOW: u32 = 1 << 30;
 const FRAME: u32 = 1 << 20;
 /// How many streams a tunnel carries at once.
 pub const STREAMS: u32 = 100;
+/// Fewer bytes than this are copied, so that they don't keep a whole buffer until they are sent.
+const SMALL_CHUNK: usize = 4 * 1024;
 /// Names the reason of a refusal, in the words of the access log. Other implementations skip it.
 const REASON: HeaderName = HeaderName::from_static("culvert-close-reason");
 
@@ -47,8 +51,8 @@ struct Shared {
 }
 
 /// The accepting side of a tunnel.
-pub struct Inbound<T> {
-    connection: server::Connection<T, Bytes>,
+pub struct Inbound {
+    connection: server::Connection<TlsStream, Bytes>,
 }
 
 /// A peer's wish to open a stream.
@@ -61,6 +65,8 @@ pub struct OpenRequest {
 #[derive(Debug)]
 pub struct HboneSource {
     stream: RecvStream,
+    /// What has come and was not passed on.
+    chunk: Bytes,
     _place: Option<Arc<Place>>,
 }
 
@@ -68,6 +74,9 @@ pub struct HboneSource {
 #[derive(Debug)]
 pub struct HboneSink {
     stream: SendStream<Bytes>,
+    /// What was taken and is not yet the tunnel's.
+    pending: Bytes,
+    wanted: Size,
     _place: Option<Arc<Place>>,
 }
 
@@ -81,10 +90,7 @@ impl Outbound {
     ///
     /// # Errors
     /// [`TunnelError::Broken`] when the peer does not speak HTTP/2.
-    pub async fn start<T>(io: T) -> Result<Self, TunnelError>
-    where
-        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
+    pub(super) async fn start(io: TlsStream) -> Result<Self, TunnelError> {
         let (requests, connection) = client::Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(TUNNEL_WINDOW)
@@ -144,7 +150,7 @@ impl Outbound {
             let reason = word.and_then(CloseReason::from_word).unwrap_or_else(|| reason_of(head.status));
             return Err(TunnelError::Refused { reason });
         }
-        Ok((HboneSource { stream, _place: Some(Arc::clone(&place)) }, HboneSink { stream: sink, _place: Some(place) }))
+        Ok(halves(stream, sink, Some(place)))
     }
 }
 
@@ -161,15 +167,12 @@ impl Drop for Place {
     }
 }
 
-impl<T> Inbound<T>
-where
-    T: AsyncRead + AsyncWrite + Unpin,
-{
+impl Inbound {
     /// Starts HTTP/2 on an authenticated connection.
     ///
     /// # Errors
     /// [`TunnelError::Broken`] when the peer does not speak HTTP/2.
-    pub async fn start(io: T) -> Result<Self, TunnelError> {
+    pub(super) async fn start(io: TlsStream) -> Result<Self, TunnelError> {
         let connection = server::Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(TUNNEL_WINDOW)
@@ -214,7 +217,7 @@ impl OpenRequest {
     /// [`TunnelError::Broken`] when the peer has given up meanwhile.
     pub fn accept(mut self) -> Result<(HboneSource, HboneSink), TunnelError> {
         let sink = self.respond.send_response(Response::new(()), false)?;
-        Ok((HboneSource { stream: self.request.into_body(), _place: None }, HboneSink { stream: sink, _place: None }))
+        Ok(halves(self.request.into_body(), sink, None))
     }
 
     /// Waits until the peer gives the stream up.
@@ -232,47 +235,73 @@ impl OpenRequest {
     }
 }
 
+fn halves(stream: RecvStream, sink: SendStream<Bytes>, place: Option<Arc<Place>>) -> (HboneSource, HboneSink) {
+    let source = HboneSource { stream, chunk: Bytes::new(), _place: place.clone() };
+    (source, HboneSink { stream: sink, pending: Bytes::new(), wanted: Size::default(), _place: place })
+}
+
 impl Source for HboneSource {
-    async fn chunk(&mut self) -> Result<Option<Bytes>, Broken> {
-        loop {
-            match self.stream.data().await {
-                // An empty frame says nothing; an empty chunk would.
-                Some(Ok(bytes)) if bytes.is_empty() => {}
-                Some(Ok(bytes)) => return Ok(Some(bytes)),
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<()>, Broken>> {
+        // An empty frame says nothing.
+        while self.chunk.is_empty() {
+            match ready!(self.stream.poll_data(cx)) {
+                Some(Ok(bytes)) => self.chunk = bytes,
                 // A tunnel that was cut is no end of file.
-                Some(Err(error)) => return Err(broken(error)),
-                None => return Ok(None),
+                Some(Err(error)) => return Poll::Ready(Err(broken(error))),
+                None => return Poll::Ready(Ok(None)),
             }
         }
+        Poll::Ready(Ok(Some(())))
     }
 
-    fn passed_on(&mut self, bytes: usize) {
+    fn filled<'a>(&'a self, slices: &mut Slices<'a>) {
+        slices.push(&self.chunk);
+    }
+
+    fn consume(&mut self, bytes: usize) {
+        self.chunk.advance(bytes);
         // Refused only when more is given back than was taken, or when the stream is gone.
         let _gone = self.stream.flow_control().release_capacity(bytes);
     }
 }
 
-impl Sink for HboneSink {
-    async fn write(&mut self, mut chunk: Bytes) -> Result<(), Broken> {
-        while !chunk.is_empty() {
-            self.stream.reserve_capacity(chunk.len());
-            let capacity = poll_fn(|cx| self.stream.poll_capacity(cx)).await;
+impl HboneSink {
+    /// Hands what was taken to the tunnel, as its window allows.
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        while !self.pending.is_empty() {
+            self.stream.reserve_capacity(self.pending.len());
+            let capacity = ready!(self.stream.poll_capacity(cx));
             let capacity = capacity.ok_or_else(|| Broken(io::ErrorKind::BrokenPipe.into()))?.map_err(broken)?;
-            let part = chunk.split_to(capacity.min(chunk.len()));
+            let part = self.pending.split_to(capacity.min(self.pending.len()));
             self.stream.send_data(part, false).map_err(broken)?;
         }
-        Ok(())
+        Poll::Ready(Ok(()))
     }
+}
 
-    async fn broken(&mut self) -> Broken {
-        match poll_fn(|cx| self.stream.poll_reset(cx)).await {
-            Ok(reason) => broken(reason.into()),
-            Err(error) => broken(error),
+impl Sink for HboneSink {
+    fn poll_move<S: Source>(&mut self, cx: &mut Context<'_>, source: &mut S) -> Poll<Result<usize, Fault>> {
+        ready!(self.poll_flush(cx)).map_err(|Broken(_)| Fault::Sink)?;
+        let mut buffer = Buffer::take(self.wanted);
+        let bytes = ready!(source.poll_read(cx, &mut [IoSliceMut::new(&mut buffer)])).map_err(|Broken(_)| Fault::Source)?;
+        if bytes == buffer.len() {
+            self.wanted = self.wanted.larger();
+        }
+        self.pending =
+            if bytes < SMALL_CHUNK { Bytes::copy_from_slice(&buffer[..bytes]) } else { Bytes::from_owner(buffer).slice(..bytes) };
+        match self.poll_flush(cx) {
+            Poll::Ready(Err(Broken(_))) => Poll::Ready(Err(Fault::Sink)),
+            Poll::Ready(Ok(())) | Poll::Pending => Poll::Ready(Ok(bytes)),
         }
     }
 
-    async fn finish(&mut self) -> Result<(), Broken> {
-        self.stream.send_data(Bytes::new(), true).map_err(broken)
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        ready!(self.poll_flush(cx))?;
+        Poll::Ready(self.stream.send_data(Bytes::new(), true).map_err(broken))
+    }
+
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
+        self.stream.poll_reset(cx).map(|reset| reset.map_or_else(broken, |reason| broken(reason.into())))
     }
 
     fn reset(&mut self) {

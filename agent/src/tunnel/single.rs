@@ -19,20 +19,19 @@
 //! kind, or one out of turn, ends the connection.
 
 use std::future::poll_fn;
-use std::io::{self, IoSlice};
+use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf as _, Bytes, BytesMut};
-use tokio::io::{AsyncRead as _, AsyncWrite as _};
-use tokio::net::TcpStream;
-use tokio::sync::Notify;
-use tokio_rustls::TlsStream;
+use bytes::Bytes;
 
+use super::tls_stream::{RecordReader, RecordWriter, TlsStream};
 use crate::model::CloseReason;
-use crate::relay::{Broken, Sink, Source, tcp};
+use crate::relay::tcp::ResetOnDrop;
+use crate::relay::{Broken, Fault, Sink, Slices, Source};
 
 mod frame;
 
@@ -42,59 +41,47 @@ use frame::{Frames, Piece};
 /// The ALPN protocol of this form.
 pub const ALPN: &[u8] = b"culvert/1";
 
-/// The buffer that a stream reads with at first, in bytes.
-const FIRST_BUFFER: usize = 8 * 1024;
-/// The buffer that a stream reads with once it has shown to fill it, in bytes.
-const LARGEST_BUFFER: usize = 128 * 1024;
-/// The most bytes in one DATA frame.
-const LARGEST_DATA: usize = (1 << 24) - 1;
-
 /// A tunnel that carries no stream now.
 #[derive(Debug)]
 pub struct Idle {
-    shared: Arc<Shared>,
-    buffer: BytesMut,
-}
-
-#[derive(Debug)]
-struct Shared {
-    tls: Mutex<TlsStream<TcpStream>>,
+    reader: RecordReader,
+    writer: RecordWriter,
 }
 
 /// The half of a stream that gives bytes.
 #[derive(Debug)]
 pub struct SingleSource {
-    shared: Arc<Shared>,
-    /// Told when the far end has sent its FIN.
-    read_finished: Arc<Notify>,
+    reader: RecordReader,
+    /// The far end has sent its FIN.
+    read_finished: Arc<AtomicBool>,
     frames: Frames,
-    buffer: BytesMut,
-    wanted: usize,
+    /// What was opened and not looked at.
+    payload: Range<usize>,
+    /// What was found of the stream and not passed on.
+    data: Vec<Range<usize>>,
     finished: bool,
 }
 
 /// The half of a stream that takes bytes. Dropped before it has finished, it resets the stream.
 #[derive(Debug)]
 pub struct SingleSink {
-    shared: Arc<Shared>,
-    read_finished: Arc<Notify>,
-    finished: bool,
+    writer: RecordWriter,
+    read_finished: Arc<AtomicBool>,
+    /// The FIN has been handed to the writer.
+    finishing: bool,
+    end: ResetOnDrop,
 }
 
 impl Idle {
     /// A tunnel on an authenticated connection.
-    #[must_use]
-    pub fn new(tls: TlsStream<TcpStream>) -> Self {
-        Self { shared: Arc::new(Shared { tls: Mutex::new(tls) }), buffer: BytesMut::new() }
+    pub(super) fn new(tls: TlsStream) -> Self {
+        Self { reader: tls.reader, writer: tls.writer }
     }
 
     /// Whether the peer is still there, as far as can be told without asking: an idle peer says nothing.
     #[must_use]
     pub fn quiet(&self) -> bool {
-        let mut byte = [0; 1];
-        let mut read = tokio::io::ReadBuf::new(&mut byte);
-        let mut cx = Context::from_waker(std::task::Waker::noop());
-        self.buffer.is_empty() && Pin::new(&mut *self.shared.lock()).poll_read(&mut cx, &mut read).is_pending()
+        self.reader.quiet()
     }
 
     /// Opens a stream, as the dialler.
@@ -103,13 +90,10 @@ impl Idle {
     /// The connection's error: it broke, or the peer spoke out of turn.
     pub async fn open(self, open: &Open) -> io::Result<Result<(SingleSource, SingleSink), (CloseReason, Self)>> {
         let (mut source, mut sink) = self.start();
-        sink.send(open.encode()).await?;
+        sink.send(&open.encode()).await?;
         match source.piece().await? {
             Piece::Answer(None) => Ok(Ok((source, sink))),
-            Piece::Answer(Some(reason)) => {
-                sink.finished = true;
-                Ok(Err((reason, Self { shared: Arc::clone(&source.shared), buffer: std::mem::take(&mut source.buffer) })))
-            }
+            Piece::Answer(Some(reason)) => Ok(Err((reason, sink.refused(source).ok_or_else(out_of_turn)?))),
             Piece::Open(_) | Piece::Data(_) | Piece::Fin => Err(out_of_turn()),
         }
     }
@@ -125,7 +109,7 @@ impl Idle {
             Ok(Some(Piece::Open(open))) => Ok(Some((open, source, sink))),
             Ok(Some(Piece::Answer(_) | Piece::Data(_) | Piece::Fin)) => Err(out_of_turn()),
             Ok(None) => {
-                sink.finished = true;
+                sink.end.disarm();
                 Ok(None)
             }
             Err(error) => Err(error),
@@ -133,14 +117,15 @@ impl Idle {
     }
 
     fn start(self) -> (SingleSource, SingleSink) {
-        let read_finished = Arc::new(Notify::new());
-        let sink = SingleSink { shared: Arc::clone(&self.shared), read_finished: Arc::clone(&read_finished), finished: false };
+        let read_finished = Arc::new(AtomicBool::new(false));
+        let end = ResetOnDrop::new(self.writer.socket());
+        let sink = SingleSink { writer: self.writer, read_finished: Arc::clone(&read_finished), finishing: false, end };
         let source = SingleSource {
-            shared: self.shared,
+            reader: self.reader,
             read_finished,
             frames: Frames::default(),
-            buffer: self.buffer,
-            wanted: FIRST_BUFFER,
+            payload: 0..0,
+            data: Vec::new(),
             finished: false,
         };
         (source, sink)
@@ -149,9 +134,9 @@ impl Idle {
 
 /// The tunnel of a stream that has ended in order, ready for the next; none when it has not.
 #[must_use]
-pub fn reunite(mut source: SingleSource, sink: SingleSink) -> Option<Idle> {
-    (source.finished && sink.finished)
-        .then(|| Idle { shared: Arc::clone(&source.shared), buffer: std::mem::take(&mut source.buffer) })
+pub fn reunite(source: SingleSource, sink: SingleSink) -> Option<Idle> {
+    let ended = source.finished && source.data.is_empty() && sink.end.is_disarmed();
+    (ended && source.payload.is_empty()).then_some(Idle { reader: source.reader, writer: sink.writer })
 }
 
 impl SingleSource {
@@ -167,46 +152,79 @@ impl SingleSource {
 
     fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Piece>>> {
         loop {
-            if let Some(piece) = self.frames.next(&mut self.buffer)? {
+            if let Some(piece) = self.received_piece()? {
+                if self.payload.is_empty() {
+                    self.reader.release();
+                }
                 return Poll::Ready(Ok(Some(piece)));
             }
-            if self.buffer.capacity() - self.buffer.len() < self.wanted {
-                self.buffer.reserve(self.wanted);
+            if !ready!(self.reader.poll_more(cx))? {
+                let end = if self.frames.between() { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
+                return Poll::Ready(end);
             }
-            let read = {
-                let mut tls = self.shared.lock();
-                tokio_util::io::poll_read_buf(Pin::new(&mut *tls), cx, &mut self.buffer)
-            };
-            let Poll::Ready(bytes) = read else {
-                if self.buffer.is_empty() {
-                    self.buffer = BytesMut::new();
+        }
+    }
+
+    /// The next piece in what has been received.
+    fn received_piece(&mut self) -> io::Result<Option<Piece>> {
+        loop {
+            if !self.payload.is_empty() {
+                let start = self.payload.start;
+                let (spent, piece) = self.frames.next(self.reader.bytes(self.payload.clone()))?;
+                self.payload.start += spent;
+                match piece {
+                    Some(Piece::Data(data)) => return Ok(Some(Piece::Data(start + data.start..start + data.end))),
+                    Some(piece) => return Ok(Some(piece)),
+                    None => {}
                 }
-                return Poll::Pending;
-            };
-            match bytes? {
-                0 if self.buffer.is_empty() && self.frames.between() => return Poll::Ready(Ok(None)),
-                0 => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
-                bytes if bytes >= self.wanted => self.wanted = (self.wanted * 4).min(LARGEST_BUFFER),
-                _ => {}
+            }
+            match self.reader.next_record()? {
+                Some(payload) => self.payload = payload,
+                None => return Ok(None),
             }
         }
     }
 }
 
 impl Source for SingleSource {
-    async fn chunk(&mut self) -> Result<Option<Bytes>, Broken> {
-        match self.piece().await? {
-            Piece::Data(bytes) => Ok(Some(bytes)),
-            Piece::Fin => {
-                self.finished = true;
-                self.read_finished.notify_one();
-                Ok(None)
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<()>, Broken>> {
+        while self.data.len() < Slices::MOST && !self.finished {
+            match self.received_piece()? {
+                Some(Piece::Data(data)) => self.data.push(data),
+                Some(Piece::Fin) => {
+                    self.finished = true;
+                    self.read_finished.store(true, Ordering::Relaxed);
+                }
+                Some(Piece::Open(_) | Piece::Answer(_)) => return Poll::Ready(Err(out_of_turn().into())),
+                None if !self.data.is_empty() => break,
+                None if ready!(self.reader.poll_more(cx))? => {}
+                None => return Poll::Ready(Err(Broken(io::ErrorKind::UnexpectedEof.into()))),
             }
-            Piece::Open(_) | Piece::Answer(_) => Err(out_of_turn().into()),
         }
+        if self.data.is_empty() {
+            self.reader.release();
+            return Poll::Ready(Ok(None));
+        }
+        Poll::Ready(Ok(Some(())))
     }
 
-    fn passed_on(&mut self, _bytes: usize) {}
+    fn filled<'a>(&'a self, slices: &mut Slices<'a>) {
+        self.data.iter().for_each(|data| slices.push(self.reader.bytes(data.clone())));
+    }
+
+    fn consume(&mut self, mut bytes: usize) {
+        let mut gone = 0;
+        for data in &mut self.data {
+            let part = bytes.min(data.len());
+            data.start += part;
+            bytes -= part;
+            gone += usize::from(data.start == data.end);
+        }
+        self.data.drain(..gone);
+        if self.data.is_empty() && self.payload.is_empty() {
+            self.reader.release();
+        }
+    }
 }
 
 impl SingleSink {
@@ -215,86 +233,53 @@ impl SingleSink {
     /// # Errors
     /// The connection's error.
     pub async fn answer(&mut self, refused: Option<CloseReason>) -> io::Result<()> {
-        self.send(frame::answer(refused)).await
+        self.send(&frame::answer(refused)).await
     }
 
-    /// Ends a stream that was refused, and keeps the tunnel.
+    /// Ends a stream that was refused, and keeps the tunnel; none when the peer has spoken out of turn.
     #[must_use]
-    pub fn refused(mut self, mut source: SingleSource) -> Idle {
-        self.finished = true;
-        Idle { shared: Arc::clone(&source.shared), buffer: std::mem::take(&mut source.buffer) }
+    pub fn refused(mut self, source: SingleSource) -> Option<Idle> {
+        if !source.payload.is_empty() {
+            return None;
+        }
+        self.end.disarm();
+        Some(Idle { reader: source.reader, writer: self.writer })
     }
 
     /// Writes all of the frame and makes sure that it leaves.
-    async fn send(&mut self, frame: BytesMut) -> io::Result<()> {
-        self.send_parts(&frame, &[]).await
-    }
-
-    async fn send_parts(&mut self, mut head: &[u8], mut body: &[u8]) -> io::Result<()> {
-        poll_fn(|cx| {
-            let mut tls = self.shared.lock();
-            while !head.is_empty() || !body.is_empty() {
-                let parts = [IoSlice::new(head), IoSlice::new(body)];
-                let written = ready!(Pin::new(&mut *tls).poll_write_vectored(cx, &parts))?;
-                if written == 0 {
-                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-                }
-                let of_head = written.min(head.len());
-                head.advance(of_head);
-                body.advance(written - of_head);
-            }
-            Pin::new(&mut *tls).poll_flush(cx)
-        })
-        .await
+    async fn send(&mut self, frame: &[u8]) -> io::Result<()> {
+        poll_fn(|cx| self.writer.poll_write(cx, frame)).await?;
+        poll_fn(|cx| self.writer.poll_flush(cx)).await
     }
 }
 
 impl Sink for SingleSink {
-    async fn write(&mut self, mut chunk: Bytes) -> Result<(), Broken> {
-        while !chunk.is_empty() {
-            let part = chunk.split_to(chunk.len().min(LARGEST_DATA));
-            self.send_parts(&frame::data_head(part.len()), &part).await?;
+    fn poll_move<S: Source>(&mut self, cx: &mut Context<'_>, source: &mut S) -> Poll<Result<usize, Fault>> {
+        self.writer.poll_move(cx, source, frame::data_head)
+    }
+
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        if !self.finishing {
+            // A frame this short is taken whole.
+            ready!(self.writer.poll_write(cx, &frame::fin()))?;
+            self.finishing = true;
         }
-        Ok(())
+        ready!(self.writer.poll_flush(cx))?;
+        self.end.disarm();
+        Poll::Ready(Ok(()))
     }
 
     /// While the stream is read from, a reset shows there; after the far end's FIN the peer has nothing to say, and what comes is the
     /// connection's end.
-    async fn broken(&mut self) -> Broken {
-        self.read_finished.notified().await;
-        self.read_finished.notify_one();
-        let mut byte = [0; 1];
-        let read = poll_fn(|cx| {
-            let mut read = tokio::io::ReadBuf::new(&mut byte);
-            Pin::new(&mut *self.shared.lock()).poll_read(cx, &mut read)
-        });
-        Broken(read.await.err().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()))
-    }
-
-    async fn finish(&mut self) -> Result<(), Broken> {
-        self.send(frame::fin()).await?;
-        self.finished = true;
-        Ok(())
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
+        if !self.read_finished.load(Ordering::Relaxed) {
+            return Poll::Pending;
+        }
+        RecordReader::poll_broken(self.writer.socket(), cx).map(Broken)
     }
 
     fn reset(&mut self) {
-        tcp::reset_on_close(self.shared.lock().get_ref().0);
-        self.finished = true;
-    }
-}
-
-impl Drop for SingleSink {
-    fn drop(&mut self) {
-        if !self.finished {
-            self.reset();
-        }
-    }
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, TlsStream<TcpStream>> {
-        // A panic inside TLS would leave a connection whose next use fails; it can do no harm.
-        self.tls.lock().unwrap_or_else(PoisonError::into_inner)
+        self.end.reset();
     }
 }
 

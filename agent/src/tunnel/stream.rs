@@ -1,12 +1,11 @@
 //! One captured connection in a tunnel, whatever the tunnel's form.
 
 use std::sync::Weak;
-
-use bytes::Bytes;
+use std::task::{Context, Poll};
 
 use super::pool::{self, Slot};
 use super::{hbone, single};
-use crate::relay::{Broken, Sink, Source};
+use crate::relay::{Broken, Fault, Sink, Slices, Source};
 
 /// A stream that is open.
 #[derive(Debug)]
@@ -50,40 +49,47 @@ impl Stream {
 }
 
 impl Source for StreamSource {
-    async fn chunk(&mut self) -> Result<Option<Bytes>, Broken> {
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<()>, Broken>> {
         match self {
-            Self::Hbone(source) => source.chunk().await,
-            Self::Single(source) => source.chunk().await,
+            Self::Hbone(source) => source.poll_fill(cx),
+            Self::Single(source) => source.poll_fill(cx),
         }
     }
 
-    fn passed_on(&mut self, bytes: usize) {
+    fn filled<'a>(&'a self, slices: &mut Slices<'a>) {
         match self {
-            Self::Hbone(source) => source.passed_on(bytes),
-            Self::Single(source) => source.passed_on(bytes),
+            Self::Hbone(source) => source.filled(slices),
+            Self::Single(source) => source.filled(slices),
+        }
+    }
+
+    fn consume(&mut self, bytes: usize) {
+        match self {
+            Self::Hbone(source) => source.consume(bytes),
+            Self::Single(source) => source.consume(bytes),
         }
     }
 }
 
 impl Sink for StreamSink {
-    async fn write(&mut self, chunk: Bytes) -> Result<(), Broken> {
+    fn poll_move<S: Source>(&mut self, cx: &mut Context<'_>, source: &mut S) -> Poll<Result<usize, Fault>> {
         match self {
-            Self::Hbone(sink) => sink.write(chunk).await,
-            Self::Single(sink) => sink.write(chunk).await,
+            Self::Hbone(sink) => sink.poll_move(cx, source),
+            Self::Single(sink) => sink.poll_move(cx, source),
         }
     }
 
-    async fn broken(&mut self) -> Broken {
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         match self {
-            Self::Hbone(sink) => sink.broken().await,
-            Self::Single(sink) => sink.broken().await,
+            Self::Hbone(sink) => sink.poll_finish(cx),
+            Self::Single(sink) => sink.poll_finish(cx),
         }
     }
 
-    async fn finish(&mut self) -> Result<(), Broken> {
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
         match self {
-            Self::Hbone(sink) => sink.finish().await,
-            Self::Single(sink) => sink.finish().await,
+            Self::Hbone(sink) => sink.poll_broken(cx),
+            Self::Single(sink) => sink.poll_broken(cx),
         }
     }
 

@@ -8,16 +8,27 @@ use std::io;
 use std::sync::{Arc, LazyLock};
 
 use rustls::client::{ResolvesClientCert, Resumption};
+use rustls::crypto::CryptoProvider;
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
-use rustls::{AlertDescription, CertificateError, ClientConfig, ServerConfig, SignatureScheme};
+use rustls::{AlertDescription, CertificateError, CipherSuite, ClientConfig, ServerConfig, SignatureScheme};
 use rustls_pki_types::{IpAddr, Ipv4Addr, ServerName};
 
 use super::verify::{ClientVerifier, ServerVerifier, VerifyError};
 use crate::identity::{Svid, TrustBundle};
 use crate::model::{SpiffeId, TrustDomain};
 
-pub use crate::identity::provider::provider;
+/// The cryptography of tunnels: the program's own, of which the suites are those that [`record`](super::record) seals with.
+fn provider() -> Arc<CryptoProvider> {
+    static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+        let of_program = crate::identity::provider::provider();
+        let gcm = [CipherSuite::TLS13_AES_256_GCM_SHA384, CipherSuite::TLS13_AES_128_GCM_SHA256];
+        let mut provider = CryptoProvider::clone(&of_program);
+        provider.cipher_suites.retain(|suite| gcm.contains(&suite.suite()));
+        Arc::new(provider)
+    });
+    Arc::clone(&PROVIDER)
+}
 
 /// Why there is no TLS configuration.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -93,6 +104,7 @@ pub fn server_config(
         .with_cert_resolver(Arc::new(Presented(Some(Arc::clone(&svid.certified_key)))));
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
+    config.enable_secret_extraction = true;
     config.alpn_protocols = protocols(alpn);
     Ok(Arc::new(config))
 }
@@ -152,6 +164,7 @@ fn client_template() -> Result<ClientConfig, rustls::Error> {
         .with_client_cert_resolver(Arc::new(Presented(None)));
     config.resumption = Resumption::disabled();
     config.enable_sni = false;
+    config.enable_secret_extraction = true;
     Ok(config)
 }
 

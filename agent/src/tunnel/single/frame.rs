@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::ops::Range;
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 
@@ -33,59 +34,82 @@ pub struct Open {
 pub(super) enum Piece {
     Open(Open),
     Answer(Option<CloseReason>),
-    /// Bytes of the stream: a frame's, or as much of it as has come. Never empty.
-    Data(Bytes),
+    /// Bytes of the stream, by where they lie: a frame's, or as much of it as has come. Never empty.
+    Data(Range<usize>),
     Fin,
 }
 
-/// Finds frames in bytes as they come. DATA is passed on as it comes, without waiting for the frame's end.
+/// Finds frames in bytes as they come. DATA is passed on as it comes, without waiting for the frame's end, and never copied.
 #[derive(Debug, Default)]
 pub(super) struct Frames {
     data_left: usize,
+    /// The beginning of a frame, other than DATA's payload.
+    begun: Vec<u8>,
 }
 
 impl Frames {
-    /// The next piece in `buffer`, which it is taken from; none when more bytes are needed.
+    /// The next piece in `bytes`; none when more are needed. Also says how many bytes are spent.
     ///
     /// # Errors
     /// [`io::ErrorKind::InvalidData`] for what is no frame.
-    pub(super) fn next(&mut self, buffer: &mut BytesMut) -> io::Result<Option<Piece>> {
+    pub(super) fn next(&mut self, bytes: &[u8]) -> io::Result<(usize, Option<Piece>)> {
+        let mut spent = 0;
         loop {
-            if self.data_left > 0 {
-                if buffer.is_empty() {
-                    return Ok(None);
-                }
-                let part = buffer.split_to(self.data_left.min(buffer.len())).freeze();
-                self.data_left -= part.len();
-                return Ok(Some(Piece::Data(part)));
+            if self.data_left > 0 && spent < bytes.len() {
+                let data = spent..bytes.len().min(spent + self.data_left);
+                self.data_left -= data.len();
+                return Ok((data.end, Some(Piece::Data(data))));
             }
-            let Some(&[kind, high, middle, low]) = buffer.first_chunk::<HEAD>() else { return Ok(None) };
-            let length = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
-            match kind {
-                DATA => {
-                    buffer.advance(HEAD);
-                    self.data_left = length;
-                }
-                OPEN if (OPEN_FIXED..=OPEN_FIXED + LARGEST_TRACE).contains(&length) => {
-                    return Ok(payload(buffer, length).map(|payload| Piece::Open(open(payload))));
-                }
-                ANSWER if length == 1 => {
-                    let Some(mut payload) = payload(buffer, length) else { return Ok(None) };
-                    return Ok(Some(Piece::Answer(reason(payload.get_u8())?)));
-                }
-                FIN if length == 0 => {
-                    buffer.advance(HEAD);
-                    return Ok(Some(Piece::Fin));
-                }
-                _ => return Err(invalid(format!("kind {kind} with {length} bytes is no frame"))),
+            let wanted = match self.begun.first_chunk::<HEAD>() {
+                None => HEAD,
+                Some(head) => HEAD + payload_length(*head)?,
+            };
+            let part = (wanted - self.begun.len()).min(bytes.len() - spent);
+            self.begun.extend_from_slice(&bytes[spent..spent + part]);
+            spent += part;
+            let Some(&[kind, high, middle, low]) = self.begun.first_chunk::<HEAD>() else { return Ok((spent, None)) };
+            if kind == DATA {
+                self.begun.clear();
+                self.data_left = length(high, middle, low);
+                continue;
             }
+            if self.begun.len() < HEAD + payload_length([kind, high, middle, low])? {
+                if spent == bytes.len() {
+                    return Ok((spent, None));
+                }
+                continue;
+            }
+            let payload = &self.begun[HEAD..];
+            let piece = match kind {
+                OPEN => Piece::Open(open(Bytes::copy_from_slice(payload))),
+                ANSWER => Piece::Answer(reason(payload[0])?),
+                _ => Piece::Fin,
+            };
+            // An OPEN is long, and comes once in a stream.
+            self.begun = Vec::new();
+            return Ok((spent, Some(piece)));
         }
     }
 
-    /// Whether no DATA frame is half read.
+    /// Whether no frame is half read.
     pub(super) fn between(&self) -> bool {
-        self.data_left == 0
+        self.data_left == 0 && self.begun.is_empty()
     }
+}
+
+/// The length of the payload that has to come whole behind this head: none of it, for DATA.
+fn payload_length([kind, high, middle, low]: [u8; HEAD]) -> io::Result<usize> {
+    match (kind, length(high, middle, low)) {
+        (DATA, _) => Ok(0),
+        (OPEN, length) if (OPEN_FIXED..=OPEN_FIXED + LARGEST_TRACE).contains(&length) => Ok(length),
+        (ANSWER, 1) => Ok(1),
+        (FIN, 0) => Ok(0),
+        (kind, length) => Err(invalid(format!("kind {kind} with {length} bytes is no frame"))),
+    }
+}
+
+fn length(high: u8, middle: u8, low: u8) -> usize {
+    usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low)
 }
 
 impl Open {
@@ -128,22 +152,13 @@ fn head(kind: u8, length: usize) -> BytesMut {
     frame
 }
 
-/// The payload of the frame at the buffer's front, once all of it has come.
-fn payload(buffer: &mut BytesMut, length: usize) -> Option<BytesMut> {
-    if buffer.len() < HEAD + length {
-        return None;
-    }
-    buffer.advance(HEAD);
-    Some(buffer.split_to(length))
-}
-
-fn open(mut payload: BytesMut) -> Open {
+fn open(mut payload: Bytes) -> Open {
     let mut end = || {
         let port = payload.get_u16();
         SocketAddr::new(Ipv6Addr::from(payload.get_u128()).to_canonical(), port)
     };
     let (destination, source) = (end(), end());
-    Open { destination, source, trace: payload.freeze() }
+    Open { destination, source, trace: payload }
 }
 
 /// The number of an answer on the wire. Numbers are never given twice.
@@ -201,8 +216,24 @@ mod tests {
 
     use super::*;
 
-    fn pieces(frames: &mut Frames, buffer: &mut BytesMut) -> io::Result<Vec<Piece>> {
-        std::iter::from_fn(|| frames.next(buffer).transpose()).collect()
+    fn pieces(frames: &mut Frames, mut bytes: &[u8]) -> io::Result<Vec<(Piece, Vec<u8>)>> {
+        let mut found = Vec::new();
+        loop {
+            let (spent, piece) = frames.next(bytes)?;
+            let Some(piece) = piece else {
+                assert_eq!(spent, bytes.len(), "all bytes are looked at");
+                return Ok(found);
+            };
+            let data = if let Piece::Data(data) = &piece { bytes[data.clone()].to_vec() } else { Vec::new() };
+            found.push((piece, data));
+            bytes = &bytes[spent..];
+        }
+    }
+
+    fn one(bytes: &[u8]) -> Piece {
+        let mut found = pieces(&mut Frames::default(), bytes).unwrap();
+        assert_eq!(found.len(), 1);
+        found.remove(0).0
     }
 
     #[test]
@@ -212,26 +243,25 @@ mod tests {
             source: "[fd00::7]:4711".parse().unwrap(),
             trace: Bytes::from_static(b"00-abc"),
         };
-        let found = pieces(&mut Frames::default(), &mut open.encode()).unwrap();
-        assert_eq!(found, [Piece::Open(open)]);
+        assert_eq!(one(&open.encode()), Piece::Open(open.clone()));
+        let (mut frames, wire) = (Frames::default(), open.encode());
+        let found: Vec<_> = wire.chunks(1).flat_map(|byte| pieces(&mut frames, byte).unwrap()).collect();
+        assert_eq!(found, [(Piece::Open(open), Vec::new())], "also byte by byte");
     }
 
     #[test]
     fn every_refusal_survives_the_wire_or_reads_as_a_failed_tunnel() {
         for reason in CloseReason::ALL {
-            let found = pieces(&mut Frames::default(), &mut answer(Some(reason))).unwrap();
-            assert!(
-                found == [Piece::Answer(Some(reason))] || found == [Piece::Answer(Some(CloseReason::TunnelFailed))],
-                "{reason}"
-            );
+            let found = one(&answer(Some(reason)));
+            assert!(found == Piece::Answer(Some(reason)) || found == Piece::Answer(Some(CloseReason::TunnelFailed)), "{reason}");
         }
-        assert_eq!(pieces(&mut Frames::default(), &mut answer(None)).unwrap(), [Piece::Answer(None)]);
+        assert_eq!(one(&answer(None)), Piece::Answer(None));
     }
 
     #[test]
     fn what_is_no_frame_is_refused() {
         for bytes in [[4, 0, 0, 0, 0], [1, 0, 0, 1, 0], [2, 0, 0, 2, 0], [3, 0, 0, 1, 0], [2, 0, 0, 1, 99]] {
-            assert!(pieces(&mut Frames::default(), &mut BytesMut::from(&bytes[..])).is_err(), "{bytes:?}");
+            assert!(pieces(&mut Frames::default(), &bytes).is_err(), "{bytes:?}");
         }
     }
 
@@ -247,14 +277,13 @@ mod tests {
                 wire.put_slice(chunk);
             }
             wire.put_slice(&fin());
-            let (mut frames, mut buffer, mut seen, mut fins) = (Frames::default(), BytesMut::new(), Vec::new(), 0);
+            let (mut frames, mut seen, mut fins) = (Frames::default(), Vec::new(), 0);
             let mut cuts = cuts.into_iter().cycle();
             while !wire.is_empty() {
                 let cut = cuts.next().expect("a cycle").min(wire.len());
-                buffer.unsplit(wire.split_to(cut));
-                for piece in pieces(&mut frames, &mut buffer).expect("legal frames") {
+                for (piece, data) in pieces(&mut frames, &wire.split_to(cut)).expect("legal frames") {
                     match piece {
-                        Piece::Data(bytes) => { prop_assert!(!bytes.is_empty()); seen.extend_from_slice(&bytes) }
+                        Piece::Data(_) => { prop_assert!(!data.is_empty()); seen.extend_from_slice(&data) }
                         Piece::Fin => fins += 1,
                         other => prop_assert!(false, "{other:?}"),
                     }
@@ -265,10 +294,10 @@ mod tests {
         }
 
         #[test]
-        fn foreign_bytes_never_panic_and_never_grow_the_buffer(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
-            let mut buffer = BytesMut::from(&bytes[..]);
-            let _answer = pieces(&mut Frames::default(), &mut buffer);
-            prop_assert!(buffer.len() <= bytes.len());
+        fn foreign_bytes_never_panic_and_little_of_them_is_kept(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
+            let mut frames = Frames::default();
+            let _answer = pieces(&mut frames, &bytes);
+            prop_assert!(frames.begun.len() <= HEAD + OPEN_FIXED + LARGEST_TRACE);
         }
     }
 }
