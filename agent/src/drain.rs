@@ -105,13 +105,16 @@ impl Drain {
         self.started.is_cancelled()
     }
 
-    /// Runs a connection, which counts as open until `task` ends. Forced, `task` is dropped.
-    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+    /// Runs a connection, which counts as open until `task` ends; `held` is kept until then, too. Forced, both are dropped.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static, held: impl Send + 'static) {
+        // In a box, since a task would have room for it twice.
+        let mut task = Box::pin(task);
         // Held until the task is entered: it may end before this function does.
         let mut tasks = self.lock();
         let drain = self.clone();
         let spawned = self.connections.spawn(async move {
-            task.await;
+            task.as_mut().await;
+            drop((task, held));
             drain.lock().remove(&tokio::task::id());
         });
         if self.forced.is_cancelled() {
@@ -169,10 +172,11 @@ mod tests {
     async fn a_stop_waits_for_connections_that_end_by_themselves() {
         let drain = Drain::new();
         let stop = drain.clone();
-        drain.spawn(async move {
+        let connection = async move {
             stop.started().await;
             tokio::time::sleep(Duration::from_secs(5)).await;
-        });
+        };
+        drain.spawn(connection, ());
         assert_eq!(drain.open(), 1);
         assert_eq!(drain.finish(LONG).await, Drained::Clean);
         assert_eq!((drain.open(), drain.lock().len()), (0, 0));
@@ -183,10 +187,7 @@ mod tests {
         let drain = Drain::new();
         let began = tokio::time::Instant::now();
         let (dropped, mut heard) = tokio::sync::mpsc::channel::<()>(1);
-        drain.spawn(async move {
-            let _dropped = dropped;
-            std::future::pending::<()>().await;
-        });
+        drain.spawn(std::future::pending(), dropped);
         assert_eq!(drain.finish(Duration::from_secs(10)).await, Drained::Forced(1));
         assert_eq!(heard.recv().await, None);
         assert!((Duration::from_secs(10)..Duration::from_secs(11)).contains(&began.elapsed()));
@@ -196,7 +197,7 @@ mod tests {
     async fn a_connection_that_comes_after_the_end_is_dropped() {
         let drain = Drain::new();
         drain.force();
-        drain.spawn(std::future::pending());
+        drain.spawn(std::future::pending(), ());
         drain.finish(LONG).await;
         assert_eq!(drain.open(), 0);
     }
@@ -204,7 +205,7 @@ mod tests {
     #[tokio::test]
     async fn the_first_signal_starts_and_the_second_forces() {
         let drain = Drain::new();
-        drain.spawn(std::future::pending());
+        drain.spawn(std::future::pending(), ());
         let watcher = tokio::spawn(drain.clone().on_signal(StopSignals::install().expect("handlers")));
         let raise = || nix::sys::signal::raise(nix::sys::signal::Signal::SIGTERM).expect("a signal");
         raise();

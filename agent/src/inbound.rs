@@ -135,10 +135,12 @@ impl Inbound {
 
     async fn tunnel(self: Arc<Self>, pod: Arc<LocalPod>, Accepted { stream, peer: source, local }: Accepted) {
         let started = Instant::now();
-        let accepted = match self.tls(&pod).await {
-            Ok(config) => accept::handshake(stream, PeerAddr(source), config).await,
-            Err(error) => Err(error),
-        };
+        // What a handshake takes is long gone while the tunnel is there.
+        let accepted = Box::pin(async {
+            let config = self.tls(&pod).await?;
+            accept::handshake(stream, PeerAddr(source), config).await
+        })
+        .await;
         let result = accepted.as_ref().map_or_else(|error| error.reason().as_str(), |_| "ok");
         self.observer.metrics().handshake(Side::Server, result, started.elapsed());
         let accepted = match accepted {
@@ -154,7 +156,7 @@ impl Inbound {
         let _counted = self.observer.metrics().tunnel(Side::Server);
         let peer = Peer { identity: accepted.source, addr: source, local };
         match accepted.tunnel {
-            Form::Hbone(tunnel) => self.hbone(pod, peer, tunnel).await,
+            Form::Hbone(tunnel) => Box::pin(self.hbone(pod, peer, tunnel)).await,
             Form::Single(tunnel) => self.single(pod, peer, tunnel).await,
         }
     }
@@ -186,7 +188,7 @@ impl Inbound {
         };
         let flow = Arc::new(Flow { source_identity: None, source, destination: local });
         let registered = self.open.register(&pod.workload().uid, Arc::clone(&flow));
-        match self.deliver(pod, &flow).await {
+        match Box::pin(self.deliver(pod, &flow)).await {
             Ok(far) => {
                 let (mut source, mut sink) = tcp::split(stream);
                 self.relay((&mut source, &mut sink), far, &registered, self.observer.open(info)).await;

@@ -24,7 +24,7 @@ use crate::discovery::DiscoveryHandle;
 use crate::drain::Drain;
 use crate::identity::{SvidError, SvidStore};
 use crate::model::{CloseReason, OriginalDst, PeerAddr, Snapshot, SpiffeId, Workload};
-use crate::observe::{ConnectionInfo, Direction, Observer, Security, Side};
+use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Security, Side};
 use crate::relay::{Cancel, Sink, Source, relay, tcp};
 use crate::serve::{Permits, serve};
 use crate::tunnel::pool::Pool;
@@ -127,13 +127,31 @@ impl Outbound {
         self.pool.retire(|key| key.source_pod == uid);
     }
 
-    async fn carry(&self, pod: &LocalPod, Accepted { stream, peer: source, local }: Accepted) {
+    async fn carry(&self, pod: &LocalPod, accepted: Accepted) {
+        // What it takes to find and open the way is long gone while bytes move.
+        let Some((stream, far, open)) = Box::pin(self.connect(pod, accepted)).await else { return };
+        match far {
+            Opened::Tunnel(mut far) => {
+                relay_outbound(stream, (&mut far.source, &mut far.sink), open).await;
+                far.end();
+            }
+            Opened::Plain(far) => {
+                let (mut source, mut sink) = tcp::split(far);
+                relay_outbound(stream, (&mut source, &mut sink), open).await;
+            }
+        }
+    }
+
+    /// Opens the way that a captured connection takes; one that has none is reset, counted and logged.
+    async fn connect(&self, pod: &LocalPod, accepted: Accepted) -> Option<(TcpStream, Opened, OpenConnection)> {
+        let Accepted { stream, peer: source, local } = accepted;
         let workload = pod.workload();
         let Some(original_dst) = self.maps.original_dst(source) else {
             let info = ConnectionInfo { source: Some(workload), ..describe(source, local) };
             let detail = "its original destination is not on file: it was not captured here, or the table overflowed";
             tcp::reset_on_close(&stream);
-            return self.observer.fail(&info, CloseReason::NoOriginalDst, &detail);
+            self.observer.fail(&info, CloseReason::NoOriginalDst, &detail);
+            return None;
         };
         let mut info = ConnectionInfo {
             source: Some(Arc::clone(&workload)),
@@ -148,17 +166,11 @@ impl Outbound {
             Err(failure) => Err(failure),
         };
         match opened {
-            Ok(Opened::Tunnel(mut far)) => {
-                self.relay(stream, (&mut far.source, &mut far.sink), info).await;
-                far.end();
-            }
-            Ok(Opened::Plain(far)) => {
-                let (mut source, mut sink) = tcp::split(far);
-                self.relay(stream, (&mut source, &mut sink), info).await;
-            }
+            Ok(far) => Some((stream, far, self.observer.open(info))),
             Err(failure) => {
                 tcp::reset_on_close(&stream);
                 self.observer.fail(&info, failure.reason, &failure.detail);
+                None
             }
         }
     }
@@ -182,7 +194,7 @@ impl Outbound {
     async fn open(&self, pod: &LocalPod, source: &Workload, route: &Route, client: SocketAddr) -> Result<Opened, Failure> {
         match route {
             Route::Tunnel { workload, target, .. } => {
-                Ok(Opened::Tunnel(self.open_stream(pod, source, workload, &Open::new(client, *target)).await?))
+                Ok(Opened::Tunnel(Box::new(self.open_stream(pod, source, workload, &Open::new(client, *target)).await?)))
             }
             Route::Local { target, .. } | Route::Passthrough { target, .. } => {
                 let socket = pod_socket(pod, *target).map_err(|source| DeliverError::Socket { destination: *target, source })?;
@@ -222,20 +234,20 @@ impl Outbound {
         };
         Ok(self.pool.open(&key, open, dial).await?)
     }
+}
 
-    async fn relay(&self, stream: TcpStream, far: (&mut impl Source, &mut impl Sink), info: ConnectionInfo) {
-        let open = self.observer.open(info);
-        let (mut source, mut sink) = tcp::split(stream);
-        let bytes = Arc::clone(open.bytes());
-        // Nothing calls an outbound connection off but the end of the agent, which drops it.
-        let end = relay((&mut source, &mut sink), far, (&bytes.sent, &bytes.received), &Cancel::default()).await;
-        open.close(end.reason(), None);
-    }
+/// Moves a captured connection's bytes until it ends.
+async fn relay_outbound(stream: TcpStream, far: (&mut impl Source, &mut impl Sink), open: OpenConnection) {
+    let (mut source, mut sink) = tcp::split(stream);
+    let bytes = Arc::clone(open.bytes());
+    // Nothing calls an outbound connection off but the end of the agent, which drops it.
+    let end = relay((&mut source, &mut sink), far, (&bytes.sent, &bytes.received), &Cancel::default()).await;
+    open.close(end.reason(), None);
 }
 
 /// The way to a destination, open.
 enum Opened {
-    Tunnel(Stream),
+    Tunnel(Box<Stream>),
     Plain(TcpStream),
 }
 

@@ -45,10 +45,6 @@ pub async fn serve<F>(
             tcp::reset_on_close(&accepted.stream);
             continue;
         };
-        let handling = handle(accepted);
-        drain.spawn(async move {
-            handling.await;
-            drop(permit);
-        });
+        drain.spawn(handle(accepted), permit);
     }
 }

@@ -27,7 +27,7 @@ pub(super) struct Peer {
 
 impl Inbound {
     /// The streams of an HBONE tunnel, side by side.
-    pub(super) async fn hbone(self: Arc<Self>, pod: Arc<LocalPod>, peer: Peer, mut tunnel: hbone::Inbound) {
+    pub(super) async fn hbone(self: Arc<Self>, pod: Arc<LocalPod>, peer: Peer, mut tunnel: Box<hbone::Inbound>) {
         let mut draining = false;
         loop {
             let request = tokio::select! {
@@ -46,7 +46,7 @@ impl Inbound {
             match request {
                 Some(Ok(request)) => {
                     let (inbound, pod, peer) = (Arc::clone(&self), Arc::clone(&pod), peer.clone());
-                    self.drain.spawn(async move { inbound.hbone_stream(&pod, &peer, request).await });
+                    self.drain.spawn(async move { inbound.hbone_stream(&pod, &peer, request).await }, ());
                 }
                 Some(Err(error)) => {
                     debug!(peer = %peer.addr, %error, "tunnel broke");
@@ -70,7 +70,8 @@ impl Inbound {
                 Ok(None) => return,
                 Err(error) => return debug!(peer = %peer.addr, %error, "tunnel broke"),
             };
-            match self.single_stream(&pod, &peer, &open, source, sink).await {
+            // A tunnel that waits for its next stream needs no room for one.
+            match Box::pin(self.single_stream(&pod, &peer, &open, source, sink)).await {
                 Some(idle) => tunnel = idle,
                 None => return,
             }
@@ -121,7 +122,7 @@ impl Inbound {
         let peer = Peer { addr: SocketAddr::new(peer.addr.ip(), open.source.port()), ..peer.clone() };
         let info = self.describe(pod, &peer, open.destination);
         let delivered = match self.admit(pod, &peer, Some(open.destination)) {
-            Ok((flow, registered)) => self.deliver(pod, &flow).await.map(|far| (far, registered)),
+            Ok((flow, registered)) => Box::pin(self.deliver(pod, &flow)).await.map(|far| (far, registered)),
             Err(refusal) => Err(refusal),
         };
         let (far, registered) = match delivered {

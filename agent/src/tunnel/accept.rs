@@ -21,7 +21,7 @@ pub struct Accepted {
 /// An accepted tunnel's form.
 pub enum Form {
     /// Carries many streams at once.
-    Hbone(hbone::Inbound),
+    Hbone(Box<hbone::Inbound>),
     /// Carries one stream at a time.
     Single(single::Idle),
 }
@@ -43,7 +43,7 @@ pub async fn handshake(stream: TcpStream, peer: PeerAddr, config: Arc<ServerConf
         let tunnel = if established.alpn.as_deref() == Some(single::ALPN) {
             Form::Single(single::Idle::new(established.tls))
         } else {
-            Form::Hbone(hbone::Inbound::start(established.tls).await?)
+            Form::Hbone(Box::new(hbone::Inbound::start(established.tls).await?))
         };
         Ok(Accepted { source, tunnel })
     };

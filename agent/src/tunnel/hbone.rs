@@ -141,7 +141,7 @@ impl Outbound {
         *request.method_mut() = Method::CONNECT;
         // An address and a port are always an authority.
         *request.uri_mut() =
-            destination.to_string().parse().map_err(|_: http::uri::InvalidUri| h2::Error::from(Reason::INTERNAL_ERROR))?;
+            destination.to_string().parse().map_err(|_never: http::uri::InvalidUri| h2::Error::from(Reason::INTERNAL_ERROR))?;
         let mut requests = self.requests.clone().ready().await?;
         let (response, sink) = requests.send_request(request, false)?;
         let (head, stream) = response.await?.into_parts();

@@ -82,14 +82,14 @@ impl<K: Eq + Hash + Clone> Pool<K> {
                 return Ok(stream);
             }
             if !slot.lock().single {
-                first = Some(dial().await?);
+                first = Some(Box::pin(dial()).await?);
                 slot.lock().single = matches!(first, Some(Tunnel::Single(_)));
             }
             drop(dialling);
         }
         let tunnel = match first {
             Some(tunnel) => tunnel,
-            None => dial().await?,
+            None => Box::pin(dial()).await?,
         };
         match tunnel {
             Tunnel::Single(idle) => slot.open_single(idle, open).await,

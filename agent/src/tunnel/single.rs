@@ -43,7 +43,10 @@ pub const ALPN: &[u8] = b"culvert/1";
 
 /// A tunnel that carries no stream now.
 #[derive(Debug)]
-pub struct Idle {
+pub struct Idle(Box<Directions>);
+
+#[derive(Debug)]
+struct Directions {
     reader: RecordReader,
     writer: RecordWriter,
 }
@@ -75,13 +78,13 @@ pub struct SingleSink {
 impl Idle {
     /// A tunnel on an authenticated connection.
     pub(super) fn new(tls: TlsStream) -> Self {
-        Self { reader: tls.reader, writer: tls.writer }
+        Self(Box::new(Directions { reader: tls.reader, writer: tls.writer }))
     }
 
     /// Whether the peer is still there, as far as can be told without asking: an idle peer says nothing.
     #[must_use]
     pub fn quiet(&self) -> bool {
-        self.reader.quiet()
+        self.0.reader.quiet()
     }
 
     /// Opens a stream, as the dialler.
@@ -117,17 +120,12 @@ impl Idle {
     }
 
     fn start(self) -> (SingleSource, SingleSink) {
+        let Directions { reader, writer } = *self.0;
         let read_finished = Arc::new(AtomicBool::new(false));
-        let end = ResetOnDrop::new(self.writer.socket());
-        let sink = SingleSink { writer: self.writer, read_finished: Arc::clone(&read_finished), finishing: false, end };
-        let source = SingleSource {
-            reader: self.reader,
-            read_finished,
-            frames: Frames::default(),
-            payload: 0..0,
-            data: Vec::new(),
-            finished: false,
-        };
+        let end = ResetOnDrop::new(writer.socket());
+        let sink = SingleSink { writer, read_finished: Arc::clone(&read_finished), finishing: false, end };
+        let source =
+            SingleSource { reader, read_finished, frames: Frames::default(), payload: 0..0, data: Vec::new(), finished: false };
         (source, sink)
     }
 }
@@ -136,7 +134,7 @@ impl Idle {
 #[must_use]
 pub fn reunite(source: SingleSource, sink: SingleSink) -> Option<Idle> {
     let ended = source.finished && source.data.is_empty() && sink.end.is_disarmed();
-    (ended && source.payload.is_empty()).then_some(Idle { reader: source.reader, writer: sink.writer })
+    (ended && source.payload.is_empty()).then(|| Idle(Box::new(Directions { reader: source.reader, writer: sink.writer })))
 }
 
 impl SingleSource {
@@ -243,7 +241,7 @@ impl SingleSink {
             return None;
         }
         self.end.disarm();
-        Some(Idle { reader: source.reader, writer: self.writer })
+        Some(Idle(Box::new(Directions { reader: source.reader, writer: self.writer })))
     }
 
     /// Writes all of the frame and makes sure that it leaves.
