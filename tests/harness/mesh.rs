@@ -147,6 +147,13 @@ impl Mesh {
         eventually("the agent starts", || self.log(&started).contains("agent started"));
     }
 
+    /// The process of a node's agent, while it runs.
+    #[must_use]
+    pub fn agent_process(&self, node: usize) -> Option<u32> {
+        // The program that enters the namespace becomes the agent.
+        self.agents[node].as_ref().map(Child::id)
+    }
+
     /// Ends the agent of a node at once.
     pub fn kill_agent(&mut self, node: usize) {
         end(&mut self.agents[node]);
