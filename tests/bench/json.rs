@@ -1,5 +1,7 @@
 //! The results for programs: every value of every round.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Value, json};
 
 use crate::facts::Facts;
@@ -23,7 +25,7 @@ fn row(measured: &Measured) -> Value {
             });
             (path.name().to_owned(), values)
         };
-        let paths: serde_json::Map<String, Value> = measured.row.base.iter().chain(measured.row.paths).map(path).collect();
+        let paths: serde_json::Map<String, Value> = measured.row.base.iter().chain(&measured.paths()).map(path).collect();
         json!({
             "key": figure.key,
             "title": figure.title.trim(),
@@ -35,8 +37,10 @@ fn row(measured: &Measured) -> Value {
         })
     });
     let samples = measured.samples.iter().map(|sample| {
-        let values: serde_json::Map<String, Value> =
-            sample.values.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
+        let mut values: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+        for (key, value) in &sample.values {
+            values.entry(key).or_default().push(*value);
+        }
         json!({ "path": sample.path.name(), "round": sample.round, "values": values })
     });
     json!({

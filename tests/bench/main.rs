@@ -8,13 +8,16 @@ mod json;
 mod lab;
 mod load;
 mod measure;
+mod metrics;
+mod other;
+mod picture;
 mod program;
 mod results;
 mod rows;
 mod table;
 mod topology;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -27,7 +30,7 @@ use facts::Facts;
 use lab::Lab;
 use measure::Scale;
 use results::{Measured, Sample};
-use rows::{ROWS, Row};
+use rows::{BOTH, ROWS, Row};
 
 /// Descriptors for 10,000 connections: two ends here, and up to four in an agent.
 const DESCRIPTORS: u64 = 1 << 17;
@@ -39,6 +42,13 @@ struct Arguments {
     /// Where the results go, with every value of every round.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Where a picture of the ratios goes.
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// Another proxy to be measured beside: a program that starts and stops it (`FILE start`, `FILE stop`) for the pods that its
+    /// environment names.
+    #[arg(long, value_name = "FILE")]
+    other: Option<PathBuf>,
     /// Fewer and shorter rounds.
     #[arg(long)]
     quick: bool,
@@ -64,15 +74,22 @@ fn run(arguments: &Arguments) -> Result<()> {
     raise_file_limit()?;
     let scale = if arguments.quick { Scale::QUICK } else { Scale::FULL };
     let facts = Facts::collect();
-    let measured = measure_all(&chosen, scale);
-    if !measured.done.is_empty() {
-        print!("{}", table::render(&facts, &measured.done));
-        if let Some(file) = &arguments.json {
-            let text = serde_json::to_string_pretty(&json::document(&facts, &measured.done))?;
-            std::fs::write(file, text + "\n").with_context(|| format!("writing {}", file.display()))?;
-        }
+    let Outcome { done, ended } = measure_all(&chosen, scale, arguments.other.clone());
+    if done.is_empty() {
+        return ended;
     }
-    measured.ended
+    print!("{}", table::render(&facts, &done));
+    if let Some(file) = &arguments.json {
+        write(file, &(serde_json::to_string_pretty(&json::document(&facts, &done))? + "\n"))?;
+    }
+    if let Some(file) = &arguments.svg {
+        write(file, &picture::render(&facts, &done))?;
+    }
+    ended
+}
+
+fn write(file: &Path, text: &str) -> Result<()> {
+    std::fs::write(file, text).with_context(|| format!("writing {}", file.display()))
 }
 
 fn choose(only: &[String]) -> Result<Vec<&'static Row>> {
@@ -100,12 +117,17 @@ struct Outcome {
     ended: Result<()>,
 }
 
-fn measure_all(rows: &[&'static Row], scale: Scale) -> Outcome {
-    let mut lab = Lab::default();
+fn measure_all(rows: &[&'static Row], scale: Scale, other: Option<PathBuf>) -> Outcome {
+    let with_other = other.is_some();
+    let mut lab = Lab::new(other);
     let mut done = Vec::new();
     let begun = Instant::now();
     for row in rows {
-        match measure(row, &mut lab, scale, begun) {
+        let mut paths: Vec<_> = row.base.iter().chain(row.paths).copied().collect();
+        if with_other && row.paths == BOTH {
+            paths.push(topology::Path::Other);
+        }
+        match measure(row, &paths, &mut lab, scale, begun) {
             Ok(measured) => done.push(measured),
             Err(error) => return Outcome { done, ended: Err(error.context(row.name)) },
         }
@@ -113,10 +135,10 @@ fn measure_all(rows: &[&'static Row], scale: Scale) -> Outcome {
     Outcome { done, ended: Ok(()) }
 }
 
-fn measure(row: &'static Row, lab: &mut Lab, scale: Scale, begun: Instant) -> Result<Measured> {
+fn measure(row: &'static Row, paths: &[topology::Path], lab: &mut Lab, scale: Scale, begun: Instant) -> Result<Measured> {
     let mut samples = Vec::new();
     for round in 0..row.measure.rounds(scale) {
-        for path in row.base.iter().chain(row.paths) {
+        for path in paths {
             interrupt::check()?;
             eprintln!("{:>4} s  {} round {} {}", begun.elapsed().as_secs(), row.name, round + 1, path.name());
             samples.push(Sample { path: *path, round, values: row.measure.run(lab, *path, scale)? });

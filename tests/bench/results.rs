@@ -39,6 +39,17 @@ impl Spread {
 }
 
 impl Measured {
+    /// The paths that were measured beside the base, in the order in which they were.
+    pub(crate) fn paths(&self) -> Vec<Path> {
+        let mut paths = Vec::new();
+        for sample in self.samples.iter().filter(|sample| Some(sample.path) != self.row.base) {
+            if !paths.contains(&sample.path) {
+                paths.push(sample.path);
+            }
+        }
+        paths
+    }
+
     /// The values of a figure on a path, by round.
     pub(crate) fn values(&self, figure: &Figure, path: Path) -> Vec<f64> {
         let of_path = self.samples.iter().filter(|sample| sample.path == path);
@@ -53,7 +64,8 @@ impl Measured {
     /// A path's values in relation to its base's, each to that of the same round: what slows the machine for a while slows both.
     pub(crate) fn ratio(&self, figure: &Figure, path: Path) -> Option<Spread> {
         let base = self.values(figure, self.row.base?);
-        Spread::of(self.values(figure, path).into_iter().zip(base).map(|(value, base)| value / base).collect())
+        let pairs = self.values(figure, path).into_iter().zip(base).filter(|(_, base)| *base > 0.0);
+        Spread::of(pairs.map(|(value, base)| value / base).collect())
     }
 
     /// Whether a path has reached a bound; none if it cannot be told.

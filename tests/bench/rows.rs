@@ -29,8 +29,18 @@ pub(crate) enum Measure {
     Requests { clients: usize },
     /// A connection for each request, from this many clients.
     Connections { clients: usize },
+    /// wrk with 64 connections to nginx.
+    Wrk,
+    /// The first answer of a pod to another that has never spoken to it.
+    FirstByte,
+    /// New tunnels.
+    Handshakes,
+    /// Connections while sockets in TIME_WAIT pile up.
+    Cliff,
     /// What the agents hold idle and with connections open.
     Memory,
+    /// What an agent holds of a large mesh.
+    MeshSize,
 }
 
 /// A line of the table.
@@ -83,79 +93,52 @@ impl Figure {
 
 use Bound::{Ratio, Value};
 
-const BOTH: &[Path] = &[Path::Culvert];
+/// Rows with this path have the other proxy's, too, where that can be measured.
+pub(crate) const BOTH: &[Path] = &[Path::Culvert];
 
 const AGENTS_CPU: Figure = Figure::less("agents_cpu", "  both agents' CPU", "s/GB");
 const MACHINE_CPU: Figure = Figure::less("machine_cpu", "  the machine's CPU", "s/GB");
+
+const MS: &str = "ms";
+const MB: &str = "MB";
+const EACH: &str = "KiB each";
+const GBITS: &str = "Gbit/s";
+const REQUESTS: &str = "requests/s";
+const CONNECTIONS: &str = "connections/s";
+
+const MEMORY: &str = "Memory of an agent";
+const THROUGHPUT: &str = "Throughput, iperf3";
+const REQUEST: &str = "128 B up, 1 KiB down";
+const CONNECT: &str = "Connect, one request, close";
+const SAME_NODE: &str = "Both pods on one node, in the mesh";
+const PASSED: &str = "Connections that need no tunnel";
+const SET_UP: &str = "Setting up";
 
 /// All rows, in the order in which they are measured and shown.
 pub(crate) const ROWS: &[Row] = &[
     Row {
         name: "memory",
-        group: "Memory of an agent",
+        group: MEMORY,
         measure: Measure::Memory,
         base: None,
         paths: BOTH,
         figures: &[
-            Figure::less("idle_a", "idle, client's node", "MB").goal(Value(12.0)).peer(Value(15.0)),
-            Figure::less("idle_b", "idle, server's node", "MB").goal(Value(12.0)).peer(Value(15.0)),
-            Figure::less("each_of_1000_a", "1,000 connections, client's node", "KiB each").goal(Value(6.0)).peer(Value(7.0)),
-            Figure::less("each_of_1000_b", "1,000 connections, server's node", "KiB each").goal(Value(6.0)).peer(Value(7.0)),
-            Figure::less("each_of_most_a", "most connections, client's node", "KiB each").goal(Value(6.0)).peer(Value(7.0)),
-            Figure::less("each_of_most_b", "most connections, server's node", "KiB each").goal(Value(6.0)).peer(Value(7.0)),
+            Figure::less("idle_a", "idle, client's node", MB).goal(Value(12.0)).peer(Value(15.0)),
+            Figure::less("idle_b", "idle, server's node", MB).goal(Value(12.0)).peer(Value(15.0)),
+            Figure::less("each_of_1000_a", "1,000 connections, client's node", EACH).goal(Value(6.0)).peer(Value(7.0)),
+            Figure::less("each_of_1000_b", "1,000 connections, server's node", EACH).goal(Value(6.0)).peer(Value(7.0)),
+            Figure::less("each_of_most_a", "most connections, client's node", EACH).goal(Value(6.0)).peer(Value(7.0)),
+            Figure::less("each_of_most_b", "most connections, server's node", EACH).goal(Value(6.0)).peer(Value(7.0)),
+            Figure::more("most", "  as descriptors allow, 10,000 at most", "open"),
         ],
     },
-    Row {
-        name: "stream-1-up",
-        group: "Throughput, iperf3",
-        measure: Measure::Stream { streams: 1, down: false },
-        base: Some(Path::Direct),
-        paths: BOTH,
-        figures: &[
-            Figure::more("rate", "1 stream to the server", "Gbit/s").goal(Ratio(0.38)).peer(Ratio(0.18)),
-            AGENTS_CPU.goal(Value(0.5)).peer(Value(0.95)),
-            MACHINE_CPU,
-        ],
-    },
-    Row {
-        name: "stream-1-down",
-        group: "Throughput, iperf3",
-        measure: Measure::Stream { streams: 1, down: true },
-        base: Some(Path::Direct),
-        paths: BOTH,
-        figures: &[
-            Figure::more("rate", "1 stream from the server", "Gbit/s").goal(Ratio(0.38)).peer(Ratio(0.18)),
-            AGENTS_CPU.goal(Value(0.5)).peer(Value(0.95)),
-            MACHINE_CPU,
-        ],
-    },
-    Row {
-        name: "stream-8-up",
-        group: "Throughput, iperf3",
-        measure: Measure::Stream { streams: 8, down: false },
-        base: Some(Path::Direct),
-        paths: BOTH,
-        figures: &[
-            Figure::more("rate", "8 streams to the server", "Gbit/s").goal(Ratio(0.41)).peer(Ratio(0.20)),
-            AGENTS_CPU,
-            MACHINE_CPU,
-        ],
-    },
-    Row {
-        name: "stream-8-down",
-        group: "Throughput, iperf3",
-        measure: Measure::Stream { streams: 8, down: true },
-        base: Some(Path::Direct),
-        paths: BOTH,
-        figures: &[
-            Figure::more("rate", "8 streams from the server", "Gbit/s").goal(Ratio(0.41)).peer(Ratio(0.20)),
-            AGENTS_CPU,
-            MACHINE_CPU,
-        ],
-    },
+    stream("stream-1-up", 1, false, &STREAM_1_UP),
+    stream("stream-1-down", 1, true, &STREAM_1_DOWN),
+    stream("stream-8-up", 8, false, &STREAM_8_UP),
+    stream("stream-8-down", 8, true, &STREAM_8_DOWN),
     Row {
         name: "request-1",
-        group: "128 B up, 1 KiB down",
+        group: REQUEST,
         measure: Measure::Requests { clients: 1 },
         base: Some(Path::Direct),
         paths: BOTH,
@@ -166,25 +149,130 @@ pub(crate) const ROWS: &[Row] = &[
     },
     Row {
         name: "request-64",
-        group: "128 B up, 1 KiB down",
+        group: REQUEST,
         measure: Measure::Requests { clients: 64 },
         base: Some(Path::Direct),
         paths: BOTH,
-        figures: &[
-            Figure::more("rate", "64 connections", "requests/s").goal(Ratio(0.38)).peer(Ratio(0.17)),
-            Figure::less("p50", "  p50", "µs"),
-            Figure::less("p99", "  p99", "µs"),
-        ],
+        figures: &[Figure::more("rate", "64 connections", REQUESTS).goal(Ratio(0.38)).peer(Ratio(0.17)), P50, P99],
     },
     Row {
         name: "connect-32",
-        group: "Connect, one request, close",
+        group: CONNECT,
         measure: Measure::Connections { clients: 32 },
         base: Some(Path::Direct),
         paths: BOTH,
         figures: &[
-            Figure::more("rate", "32 clients", "connections/s").goal(Ratio(0.42)).peer(Ratio(0.20)),
-            Figure::less("p99", "  p99", "µs"),
+            Figure::more("rate", "32 clients, each anew", CONNECTIONS).goal(Ratio(0.42)).peer(Ratio(0.20)),
+            P50,
+            P99,
+            FAILED,
+        ],
+    },
+    Row {
+        name: "wrk-64",
+        group: "64 connections kept alive, 1 KiB",
+        measure: Measure::Wrk,
+        base: Some(Path::Direct),
+        paths: BOTH,
+        figures: &[Figure::more("rate", "wrk and nginx", REQUESTS).goal(Ratio(0.40)).peer(Ratio(0.18)), P50, P99],
+    },
+    Row {
+        name: "same-node-stream",
+        group: SAME_NODE,
+        measure: Measure::Stream { streams: 1, down: false },
+        base: Some(Path::DirectSameNode),
+        paths: &[Path::SameNode],
+        figures: &[Figure::more("rate", "1 stream", GBITS).goal(Ratio(0.95)), AGENTS_CPU, MACHINE_CPU],
+    },
+    Row {
+        name: "same-node-connect",
+        group: SAME_NODE,
+        measure: Measure::Connections { clients: 32 },
+        base: Some(Path::DirectSameNode),
+        paths: &[Path::SameNode],
+        figures: &[Figure::more("rate", "32 clients, each anew", CONNECTIONS).goal(Ratio(0.95)), FAILED],
+    },
+    Row {
+        name: "passed-stream",
+        group: PASSED,
+        measure: Measure::Stream { streams: 1, down: false },
+        base: Some(Path::Direct),
+        paths: &[Path::OutOfMesh, Path::Plaintext],
+        figures: &[Figure::more("rate", "1 stream", GBITS).goal(Ratio(0.98)), AGENTS_CPU],
+    },
+    Row {
+        name: "passed-connect",
+        group: PASSED,
+        measure: Measure::Connections { clients: 32 },
+        base: Some(Path::Direct),
+        paths: &[Path::OutOfMesh, Path::Plaintext],
+        figures: &[Figure::more("rate", "32 clients, each anew", CONNECTIONS).goal(Ratio(0.98)), FAILED],
+    },
+    Row {
+        name: "first-byte",
+        group: SET_UP,
+        measure: Measure::FirstByte,
+        base: Some(Path::Direct),
+        paths: &[Path::Culvert],
+        figures: &[
+            Figure::less("first", "first answer of a pair, with a handshake", MS),
+            Figure::less("next", "the next answer of the pair", MS),
+        ],
+    },
+    Row {
+        name: "handshakes",
+        group: SET_UP,
+        measure: Measure::Handshakes,
+        base: None,
+        paths: &[Path::Culvert],
+        figures: &[Figure::more("rate", "handshakes", "tunnels/s")],
+    },
+    Row {
+        name: "cliff",
+        group: "Many sockets in TIME_WAIT, the client closes first",
+        measure: Measure::Cliff,
+        base: Some(Path::Direct),
+        paths: &[Path::Culvert],
+        figures: &[
+            Figure::more("first", "first quarter of the time", CONNECTIONS),
+            Figure::more("last", "last quarter of the time", CONNECTIONS),
+            Figure::more("flat", "last quarter to first", "").goal(Value(0.9)).peer(Value(0.11)),
+            FAILED,
+        ],
+    },
+    Row {
+        name: "mesh-size",
+        group: "Size of the mesh, a service for ten workloads",
+        measure: Measure::MeshSize,
+        base: None,
+        paths: &[Path::Culvert],
+        figures: &[
+            Figure::less("held_10000", "10,000 workloads, an agent holds", MB),
+            Figure::less("ready_10000", "  from start to ready", "s"),
+            Figure::less("held_200000", "200,000 workloads, an agent holds", MB).goal(Value(150.0)),
+            Figure::less("ready_200000", "  from start to ready", "s").goal(Value(2.0)),
         ],
     },
 ];
+
+const P50: Figure = Figure::less("p50", "  p50", "µs");
+const P99: Figure = Figure::less("p99", "  p99", "µs");
+const FAILED: Figure = Figure::less("failed", "  failed", "connections");
+
+const STREAM_1_UP: [Figure; 3] = one_stream("1 stream to the server");
+const STREAM_1_DOWN: [Figure; 3] = one_stream("1 stream from the server");
+const STREAM_8_UP: [Figure; 3] = eight_streams("8 streams to the server");
+const STREAM_8_DOWN: [Figure; 3] = eight_streams("8 streams from the server");
+
+const fn stream(name: &'static str, streams: u8, down: bool, figures: &'static [Figure]) -> Row {
+    Row { name, group: THROUGHPUT, measure: Measure::Stream { streams, down }, base: Some(Path::Direct), paths: BOTH, figures }
+}
+
+const fn one_stream(title: &'static str) -> [Figure; 3] {
+    let rate = Figure::more("rate", title, GBITS).goal(Ratio(0.38)).peer(Ratio(0.18));
+    [rate, AGENTS_CPU.goal(Value(0.5)).peer(Value(0.95)), MACHINE_CPU]
+}
+
+const fn eight_streams(title: &'static str) -> [Figure; 3] {
+    [Figure::more("rate", title, GBITS).goal(Ratio(0.41)).peer(Ratio(0.20)), AGENTS_CPU, MACHINE_CPU]
+}

@@ -2,16 +2,22 @@
 //! go the same way with and without Culvert.
 
 use std::fs;
+use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
+use harness::mesh::NODES;
 use harness::{Mesh, Namespace, Pod, PodSpec, app, eventually};
 
 use crate::load::server::Server;
+use crate::other::Other;
 use crate::program::Daemon;
+use crate::{interrupt, metrics};
 
 /// Where iperf3 listens.
 pub(crate) const IPERF: u16 = 5201;
+/// Where nginx listens.
+pub(crate) const NGINX: u16 = 8080;
 /// Where what is said comes back.
 const ECHO: u16 = 9009;
 /// What the pods' and so the agents' connections use: the figures that are to be reached were measured with it.
@@ -32,6 +38,8 @@ pub(crate) enum Path {
     OutOfMesh,
     /// From a pod outside to one in the mesh, on another node, which takes plaintext too.
     Plaintext,
+    /// From node to node, between pods that another proxy serves.
+    Other,
 }
 
 impl Path {
@@ -44,12 +52,18 @@ impl Path {
             Self::SameNode => "same_node",
             Self::OutOfMesh => "out_of_mesh",
             Self::Plaintext => "plaintext",
+            Self::Other => "other",
         }
     }
 
-    /// Whether no agent is on it.
-    pub(crate) fn is_direct(self) -> bool {
-        matches!(self, Self::Direct | Self::DirectSameNode)
+    /// What a line of the table says of it, if the line's heading does not.
+    pub(crate) fn about(self) -> &'static str {
+        match self {
+            Self::Direct | Self::Culvert | Self::DirectSameNode | Self::SameNode => "",
+            Self::OutOfMesh => "out of the mesh",
+            Self::Plaintext => "plaintext in",
+            Self::Other => "the other proxy",
+        }
     }
 
     /// Whether a capture between the nodes must show what is said.
@@ -57,7 +71,7 @@ impl Path {
         match self {
             Self::Direct | Self::OutOfMesh | Self::Plaintext => Some(true),
             Self::Culvert => Some(false),
-            Self::DirectSameNode | Self::SameNode => None,
+            Self::DirectSameNode | Self::SameNode | Self::Other => None,
         }
     }
 }
@@ -67,6 +81,7 @@ const PATHS: [Path; 6] = [Path::Direct, Path::Culvert, Path::DirectSameNode, Pat
 /// What is measured on. Everything is removed when it is dropped: first the programs, last the mesh.
 #[derive(Debug)]
 pub(crate) struct Topology {
+    other: Option<Other>,
     _servers: Vec<Server>,
     _daemons: Vec<Daemon>,
     client: Pod,
@@ -75,55 +90,95 @@ pub(crate) struct Topology {
     plain_server: Pod,
     near: Pod,
     plain_near: Pod,
+    newcomers: usize,
     mesh: Mesh,
 }
 
 impl Topology {
-    /// Makes nodes and pods, starts controller, agents and servers, and checks that each path is what its name says.
-    pub(crate) fn start() -> Result<Self> {
+    /// Makes nodes and pods, starts controller, agents and servers, and the other proxy if there is a script for it, and checks that
+    /// each path is what its name says.
+    pub(crate) fn start(other: Option<&std::path::Path>) -> Result<Self> {
         let mut mesh = Mesh::start();
-        let mut pod = |name, node, enrolled| -> Result<Pod> {
-            crate::interrupt::check()?;
-            let pod = mesh.pod(PodSpec { name, namespace: "bench", node, enrolled });
-            set(&pod.netns, "net/ipv4/tcp_congestion_control", CONGESTION_CONTROL)?;
-            Ok(pod)
-        };
-        let (client, plain_client) = (pod("client", 0, true)?, pod("plain-client", 0, false)?);
-        let (server, plain_server) = (pod("server", 1, true)?, pod("plain-server", 1, false)?);
-        let (near, plain_near) = (pod("near", 0, true)?, pod("plain-near", 0, false)?);
+        let (client, plain_client) = (pod(&mut mesh, "client", 0, true)?, pod(&mut mesh, "plain-client", 0, false)?);
+        let (server, plain_server) = (pod(&mut mesh, "server", 1, true)?, pod(&mut mesh, "plain-server", 1, false)?);
+        let (near, plain_near) = (pod(&mut mesh, "near", 0, true)?, pod(&mut mesh, "plain-near", 0, false)?);
         let (mut servers, mut daemons) = (Vec::new(), Vec::new());
         for pod in [&server, &plain_server, &near, &plain_near] {
-            servers.push(Server::start(&pod.netns)?);
-            let mut iperf = pod.netns.command("iperf3");
-            iperf.args(["--server", "--port", &IPERF.to_string()]);
-            daemons.push(Daemon::start(&pod.netns, iperf, IPERF)?);
-            app::server(&pod.netns, ECHO, app::echo);
+            serve(pod, &mesh, &mut servers, &mut daemons)?;
         }
-        let topology =
-            Self { _servers: servers, _daemons: daemons, client, plain_client, server, plain_server, near, plain_near, mesh };
+        let mut others = None;
+        if let Some(script) = other {
+            let (client, server) = (pod(&mut mesh, "other-client", 0, false)?, pod(&mut mesh, "other-server", 1, false)?);
+            serve(&server, &mesh, &mut servers, &mut daemons)?;
+            others = Some(Other::start(script, client, server, &mesh)?);
+        }
+        let topology = Self {
+            other: others,
+            _servers: servers,
+            _daemons: daemons,
+            client,
+            plain_client,
+            server,
+            plain_server,
+            near,
+            plain_near,
+            newcomers: 0,
+            mesh,
+        };
         PATHS.into_iter().try_for_each(|path| topology.check(path))?;
+        if topology.other.is_some() {
+            topology.check(Path::Other)?;
+        }
         Ok(topology)
     }
 
     /// The client's pod and the server's.
-    pub(crate) fn ends(&self, path: Path) -> (&Pod, &Pod) {
-        match path {
+    pub(crate) fn ends(&self, path: Path) -> Result<(&Pod, &Pod)> {
+        Ok(match path {
             Path::Direct => (&self.plain_client, &self.plain_server),
             Path::Culvert => (&self.client, &self.server),
             Path::DirectSameNode => (&self.plain_client, &self.plain_near),
             Path::SameNode => (&self.client, &self.near),
             Path::OutOfMesh => (&self.client, &self.plain_server),
             Path::Plaintext => (&self.plain_client, &self.server),
+            Path::Other => {
+                let other = self.other.as_ref().context("there is no other proxy")?;
+                (&other.client, &other.server)
+            }
+        })
+    }
+
+    /// The processes of those who carry connections on a path: first on the client's node, then on the server's.
+    pub(crate) fn agents(&self, path: Path) -> Vec<u32> {
+        match path {
+            Path::Direct | Path::DirectSameNode => Vec::new(),
+            Path::Other => self.other.iter().flat_map(|other| other.processes.clone()).collect(),
+            Path::Culvert | Path::SameNode | Path::OutOfMesh | Path::Plaintext => {
+                (0..NODES.len()).filter_map(|node| self.mesh.agent_process(node)).collect()
+            }
         }
     }
 
-    /// The processes of the agents.
-    pub(crate) fn agents(&self) -> Vec<u32> {
-        (0..harness::mesh::NODES.len()).filter_map(|node| self.mesh.agent_process(node)).collect()
+    /// The value of a series of the agent's on a node.
+    pub(crate) fn metric(&self, node: usize, series: &str) -> Result<f64> {
+        metrics::value(self.mesh.node(node), series)
+    }
+
+    /// A new pod of the mesh beside the client, which has its certificate, and no tunnel to the server yet.
+    pub(crate) fn newcomer(&mut self) -> Result<Pod> {
+        let name = |number: usize| format!("newcomer-{number}");
+        if self.newcomers > 0 {
+            self.mesh.delete(&format!("pod-{}", name(self.newcomers)));
+        }
+        self.newcomers += 1;
+        let newcomer = pod(&mut self.mesh, &name(self.newcomers), 0, true)?;
+        let near = self.near.at(false, ECHO);
+        eventually("the newcomer has its certificate", || app::converse(&newcomer.netns, near, "hello").is_ok());
+        Ok(newcomer)
     }
 
     fn check(&self, path: Path) -> Result<()> {
-        let (client, server) = self.ends(path);
+        let (client, server) = self.ends(path)?;
         let to = server.at(false, ECHO);
         eventually(&format!("the path {} is there", path.name()), || app::converse(&client.netns, to, "hello").is_ok());
         let Some(wanted) = path.in_plain_sight() else { return Ok(()) };
@@ -136,6 +191,45 @@ impl Topology {
         }
         bail!("on the path {} the wire shows {}", path.name(), if wanted { "no plaintext" } else { "plaintext" })
     }
+}
+
+fn pod(mesh: &mut Mesh, name: &str, node: usize, enrolled: bool) -> Result<Pod> {
+    interrupt::check()?;
+    let pod = mesh.pod(PodSpec { name, namespace: "bench", node, enrolled });
+    set(&pod.netns, "net/ipv4/tcp_congestion_control", CONGESTION_CONTROL)?;
+    Ok(pod)
+}
+
+/// Starts all servers in a pod.
+fn serve(pod: &Pod, mesh: &Mesh, servers: &mut Vec<Server>, daemons: &mut Vec<Daemon>) -> Result<()> {
+    servers.push(Server::start(&pod.netns)?);
+    let mut iperf = pod.netns.command("iperf3");
+    iperf.args(["--server", "--port", &IPERF.to_string()]);
+    daemons.push(Daemon::start(&pod.netns, iperf, IPERF)?);
+    daemons.push(Daemon::start(&pod.netns, nginx(pod, mesh)?, NGINX)?);
+    app::server(&pod.netns, ECHO, app::echo);
+    Ok(())
+}
+
+/// One process that serves 1 KiB, and keeps connections open as long as clients want.
+fn nginx(pod: &Pod, mesh: &Mesh) -> Result<Command> {
+    let directory = mesh.directory().join(format!("nginx-{}", pod.netns.name()));
+    fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
+    let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"];
+    let temporary = temporary.map(|name| format!("{name}_temp_path {}/{name}; ", directory.display())).concat();
+    let configuration = format!(
+        "user root; daemon off; master_process off; pid {0}/pid; error_log stderr crit;\n\
+         events {{ worker_connections 4096; }}\n\
+         http {{ {temporary} access_log off; keepalive_requests 1000000000;\n\
+         server {{ listen {NGINX}; default_type text/plain; return 200 '{1}'; }} }}\n",
+        directory.display(),
+        "a".repeat(1024),
+    );
+    let file = directory.join("nginx.conf");
+    fs::write(&file, configuration).with_context(|| format!("writing {}", file.display()))?;
+    let mut command = pod.netns.command("nginx");
+    command.arg("-p").arg(&directory).args(["-e", "stderr", "-c"]).arg(&file);
+    Ok(command)
 }
 
 /// Sets a parameter of the kernel's for a namespace. `name` is a path below /proc/sys.

@@ -1,6 +1,6 @@
 //! `bench`: what Culvert costs, measured with the optimised binary by a program of the tests' that is optimised, too.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 
@@ -14,6 +14,13 @@ pub(crate) struct Arguments {
     /// Where the results go, with every value of every round.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Where a picture of the ratios goes.
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// Another proxy to be measured beside: a program that starts and stops it (`FILE start`, `FILE stop`) for the pods that its
+    /// environment names.
+    #[arg(long, value_name = "FILE")]
+    other: Option<PathBuf>,
     /// Fewer and shorter rounds: under 3 minutes instead of under 15.
     #[arg(long)]
     quick: bool,
@@ -30,9 +37,10 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
     let mut command = cargo();
     command.args(["run", "--quiet", "--release", "--package", "culvert-tests", "--bin", "bench", "--"]);
     command.env("CULVERT_BIN", binary);
-    for (option, file) in [("--json", &arguments.json)] {
+    for (option, file) in [("--json", &arguments.json), ("--svg", &arguments.svg), ("--other", &arguments.other)] {
         if let Some(file) = file {
-            command.arg(option).arg(from_here(file)?);
+            // The program runs elsewhere: in the workspace's directory.
+            command.arg(option).arg(std::path::absolute(file)?);
         }
     }
     if arguments.quick {
@@ -42,9 +50,4 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
         command.arg("--only").args(&arguments.only);
     }
     run(&mut command)
-}
-
-/// The program runs elsewhere: in the workspace's directory.
-fn from_here(file: &Path) -> Result<PathBuf> {
-    Ok(std::path::absolute(file)?)
 }

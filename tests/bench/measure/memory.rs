@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result};
 use nix::sys::resource::{Resource, getrlimit};
 
 use crate::cpu::resident;
-use crate::load::client;
+use crate::load::connections;
 use crate::measure::{Scale, Values};
 use crate::topology::{Path, Topology};
 
@@ -15,9 +15,9 @@ const STEPS: [(usize, [&str; 2]); 2] =
 const DESCRIPTORS_EACH: u64 = 4;
 const SPOKEN_FOR: u64 = 400;
 
-pub(crate) fn measure(topology: &Topology, path: Path, scale: Scale) -> Result<Values> {
-    let (from, to) = topology.ends(path);
-    let agents: [u32; 2] = topology.agents().try_into().ok().context("an agent has ended")?;
+pub(super) fn measure(topology: &Topology, path: Path, scale: Scale) -> Result<Values> {
+    let (from, to) = topology.ends(path)?;
+    let agents: [u32; 2] = topology.agents(path).try_into().ok().context("there are not two agents")?;
     let memory = || -> Result<[f64; 2]> { Ok([resident(agents[0])?, resident(agents[1])?]) };
     let idle = memory()?;
     let mut values = vec![("idle_a", idle[0] / 1e6), ("idle_b", idle[1] / 1e6)];
@@ -25,10 +25,12 @@ pub(crate) fn measure(topology: &Topology, path: Path, scale: Scale) -> Result<V
     let descriptors = getrlimit(Resource::RLIMIT_NOFILE)?.0.saturating_sub(SPOKEN_FOR) / DESCRIPTORS_EACH;
     for (count, keys) in STEPS.into_iter().filter(|(count, _)| *count <= scale.most_connections) {
         let count = count.min(usize::try_from(descriptors)?);
-        open.extend(client::open(&from.netns, to.v4, count.saturating_sub(open.len()))?);
+        open.extend(connections::open(&from.netns, to.v4, count.saturating_sub(open.len()))?.1);
         let grown = memory()?;
         values.extend((0..2).map(|agent| (keys[agent], (grown[agent] - idle[agent]) / 1024.0 / count as f64)));
-        values.push(("connections", count as f64));
+        if count > 1000 {
+            values.push(("most", count as f64));
+        }
     }
     Ok(values)
 }
