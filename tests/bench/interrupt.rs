@@ -4,24 +4,22 @@
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use anyhow::{Context as _, Result, bail};
-use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, pthread_sigmask};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use signal_hook::low_level::signal_name;
 
 static WANTED: AtomicBool = AtomicBool::new(false);
 /// The program that is being waited for; 0 without one.
 static RUNNING: AtomicI32 = AtomicI32::new(0);
 
-/// Takes over the signals that ask a program to end. Call it before any thread is started.
+/// Takes over the signals that ask a program to end. Programs that are started have them as they were: a mask they would inherit.
 pub(crate) fn listen() -> Result<()> {
-    let mut signals = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        signals.add(signal);
-    }
-    // Threads inherit the mask; programs that are started do not.
-    pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&signals), None).context("blocking signals")?;
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("taking over the signals")?;
     std::thread::spawn(move || {
-        while let Ok(signal) = signals.wait() {
-            eprintln!("\n{signal}: cleaning up");
+        for signal in signals.forever() {
+            eprintln!("\n{}: cleaning up", signal_name(signal).unwrap_or("a signal"));
             WANTED.store(true, Ordering::SeqCst);
             let running = RUNNING.load(Ordering::SeqCst);
             if running > 0 {
