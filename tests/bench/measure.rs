@@ -53,7 +53,7 @@ impl Scale {
     };
     /// Enough to see where one stands, in under 3 minutes.
     pub(crate) const QUICK: Self = Self {
-        rounds: 2,
+        rounds: 3,
         lasting: Duration::from_millis(1500),
         warm_up: Duration::from_millis(250),
         cliff: Duration::from_secs(8),

@@ -8,9 +8,9 @@ use crate::rows::{Better, Bound, Figure};
 use crate::table::{number, plain};
 use crate::topology::Path;
 
-const WIDTH: f64 = 960.0;
+const WIDTH: f64 = 980.0;
 /// Where bars begin, how long one of the value 1 is and how long one may be, and where its text begins.
-const LEFT: f64 = 290.0;
+const LEFT: f64 = 310.0;
 const UNIT: f64 = 380.0;
 const LONGEST: f64 = UNIT * 1.12;
 const TEXT: f64 = LEFT + LONGEST + 12.0;

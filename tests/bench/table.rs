@@ -74,7 +74,7 @@ fn goal(figure: &Figure, bound: Bound) -> String {
 pub(crate) fn plain(bound: Bound) -> String {
     match bound {
         Bound::Ratio(value) => ratio_number(value) + "×",
-        Bound::Value(value) if value >= 10.0 && value.fract() == 0.0 => format!("{value:.0}"),
+        Bound::Value(value) if value.fract() == 0.0 => format!("{value:.0}"),
         Bound::Value(value) => number(value),
     }
 }
