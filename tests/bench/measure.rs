@@ -43,7 +43,7 @@ pub(crate) struct Scale {
 impl Scale {
     /// Figures to be published, in under 15 minutes.
     pub(crate) const FULL: Self = Self {
-        rounds: 3,
+        rounds: 5,
         lasting: Duration::from_secs(4),
         warm_up: Duration::from_millis(500),
         cliff: Duration::from_secs(20),
