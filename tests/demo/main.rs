@@ -18,7 +18,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
-use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use signal_hook::low_level::signal_name;
 
 use lab::Lab;
 use report::Report;
@@ -75,23 +77,18 @@ fn run(arguments: &Arguments) -> Result<bool> {
 }
 
 /// Ctrl-C, and the signals that ask a program to end, remove everything before they end it. The programs of the lab are in process groups of
-/// their own, so that the terminal's signal reaches nobody else.
+/// their own, so that the terminal's signal reaches nobody else; and they have their signals as they were: a mask they would inherit.
 fn remove_on_signals(lab: Lab) -> Result<()> {
-    let mut signals = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        signals.add(signal);
-    }
-    // Threads that are started from here on inherit the mask; programs do not.
-    pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&signals), None).context("blocking signals")?;
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("taking over the signals")?;
     std::thread::spawn(move || {
-        let Ok(signal) = signals.wait() else { return };
+        let Some(signal) = signals.forever().next() else { return };
         // Whoever is about to print that a program ended waits here for ever.
         let _silence = std::io::stdout().lock();
-        eprintln!("\n{signal}: cleaning up");
+        eprintln!("\n{}: cleaning up", signal_name(signal).unwrap_or("a signal"));
         if let Err(error) = lab.remove_for_good() {
             eprintln!("demo: {error:#}");
         }
-        std::process::exit(128 + signal as i32);
+        std::process::exit(128 + signal);
     });
     Ok(())
 }

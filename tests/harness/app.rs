@@ -78,6 +78,6 @@ pub fn converse(pod: &Namespace, to: SocketAddr, marker: &str) -> io::Result<See
     if echoed != marker {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    let client = client.parse().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+    let client = client.parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
     Ok(Seen { local, peer, client })
 }

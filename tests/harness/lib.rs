@@ -14,14 +14,25 @@ pub use wire::Capture;
 
 use std::time::{Duration, Instant};
 
+/// How long [`eventually`] waits.
+const PATIENCE: Duration = Duration::from_secs(15);
+
 /// Waits until `condition` holds, and says `what` did not when it does not within 15 s.
 ///
 /// # Panics
 /// When it does not hold in time.
-pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(15);
+pub fn eventually(what: &str, condition: impl FnMut() -> bool) {
+    eventually_within(PATIENCE, what, condition);
+}
+
+/// The same, for what may take longer.
+///
+/// # Panics
+/// When it does not hold in time.
+pub fn eventually_within(patience: Duration, what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience;
     while !condition() {
-        assert!(Instant::now() < deadline, "not within 15 s: {what}");
+        assert!(Instant::now() < deadline, "not within {} s: {what}", patience.as_secs());
         std::thread::sleep(Duration::from_millis(5));
     }
 }

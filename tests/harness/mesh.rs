@@ -5,9 +5,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use crate::netns::Namespace;
-use crate::{Capture, eventually};
+use crate::{Capture, PATIENCE, eventually, eventually_within};
 
 /// The nodes' names.
 pub const NODES: [&str; 2] = ["a", "b"];
@@ -119,12 +120,20 @@ impl Mesh {
     /// # Panics
     /// When it does not.
     pub fn start_controller(&mut self) {
+        self.start_controller_within(PATIENCE);
+    }
+
+    /// The same, when there are so many manifests that they take a while.
+    ///
+    /// # Panics
+    /// When it does not serve in time.
+    pub fn start_controller_within(&mut self, patience: Duration) {
         let mut command = self.nodes[0].command(&binary());
         command.arg("controller").arg("--manifests").arg(self.dir.join("manifests"));
         command.arg("--state-dir").arg(self.dir.join("state")).args(["--listen", "10.77.0.1:15012"]);
         command.args(&self.controller_arguments);
         self.controller = Some(self.spawn(command, "controller"));
-        eventually("the controller serves", || self.log("controller").contains("serving agents"));
+        eventually_within(patience, "the controller serves", || self.log("controller").contains("serving agents"));
     }
 
     /// Ends the controller at once.
@@ -145,6 +154,13 @@ impl Mesh {
         self.agents[node] = Some(self.spawn(command, &format!("agent-{name}")));
         let started = format!("agent-{name}");
         eventually("the agent starts", || self.log(&started).contains("agent started"));
+    }
+
+    /// The process of a node's agent, while it runs.
+    #[must_use]
+    pub fn agent_process(&self, node: usize) -> Option<u32> {
+        // The program that enters the namespace becomes the agent.
+        self.agents[node].as_ref().map(Child::id)
     }
 
     /// Ends the agent of a node at once.
@@ -195,16 +211,24 @@ impl Mesh {
         pod
     }
 
-    /// Writes a manifest, as a whole.
+    /// Writes a manifest in YAML, as a whole.
     ///
     /// # Panics
     /// When it cannot be written.
     pub fn apply(&self, name: &str, text: &str) {
+        self.apply_file(&format!("{name}.yaml"), text);
+    }
+
+    /// Writes a manifest whose file's name says what it is written in.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    pub fn apply_file(&self, file: &str, text: &str) {
         let manifests = self.dir.join("manifests");
         fs::create_dir_all(&manifests).expect("a directory");
         let half = self.dir.join("half-written");
         fs::write(&half, text).expect("a file");
-        fs::rename(half, manifests.join(format!("{name}.yaml"))).expect("a file moved");
+        fs::rename(half, manifests.join(file)).expect("a file moved");
     }
 
     /// Removes a manifest.
@@ -240,6 +264,12 @@ impl Mesh {
     #[must_use]
     pub fn node(&self, node: usize) -> &Namespace {
         &self.nodes[node]
+    }
+
+    /// A directory that is removed with the mesh.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.dir
     }
 
     /// The names of what the agent of a node has pinned, in order.

@@ -1,5 +1,6 @@
 //! `cargo xtask`: all that a contributor needs to know. One verb a file.
 
+mod bench;
 mod check;
 mod launch;
 mod run;
@@ -51,6 +52,8 @@ enum Verb {
         #[arg(long, conflicts_with = "keep")]
         remove: bool,
     },
+    /// Measures what Culvert costs beside direct connections.
+    Bench(bench::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Verb::Check => check::all(),
         Verb::Test { suite, filter } => test::run(suite, filter.as_deref()),
         Verb::Demo { keep, remove } => launch::demo(keep, remove),
+        Verb::Bench(arguments) => bench::bench(&arguments),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

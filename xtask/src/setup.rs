@@ -8,12 +8,14 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::run::{root, run, succeeds};
 
 /// What for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Scope {
     /// Building.
     Build,
     /// Building, testing and showing.
     Test,
+    /// All of it, and measuring.
+    Bench,
 }
 
 /// The linker's version and the LLVM that it is built against: the compilers' own.
@@ -32,6 +34,8 @@ const TEST: [(&str, &str); 7] = [
     ("redis-cli", "redis-tools"),
     ("psql", "postgresql-client"),
 ];
+/// Programs that measuring runs beside those.
+const BENCH: [(&str, &str); 1] = [("wrk", "wrk")];
 /// What links bpf-linker.
 const LINKER_LIBRARIES: [&str; 5] = ["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libzstd-dev", "libxml2-dev"];
 /// A compiler with a `core` for the kernel's target, where rustup has none.
@@ -40,11 +44,12 @@ const PACKAGED_COMPILER: [&str; 3] = ["rustc-web", "cargo-web", "libstd-rust-web
 /// Installs what is missing.
 pub(crate) fn ensure(scope: Scope) -> Result<()> {
     let mut missing: Vec<&str> = Vec::new();
-    let programs = BUILD.iter().chain(if scope == Scope::Test { TEST.as_slice() } else { &[] });
+    let wanted = |least: Scope, programs: &'static [(&'static str, &'static str)]| if scope >= least { programs } else { &[] };
+    let programs = BUILD.iter().chain(wanted(Scope::Test, &TEST)).chain(wanted(Scope::Bench, &BENCH));
     for (_, packages) in programs.filter(|(program, _)| find(program).is_none()) {
         missing.extend(packages.split(' '));
     }
-    if scope == Scope::Test && postgres().is_none() {
+    if scope >= Scope::Test && postgres().is_none() {
         missing.push("postgresql");
     }
     if !has_kernel_compiler() {

@@ -53,6 +53,8 @@ fn one(suite: Suite, filter: Option<&str>) -> Result<()> {
     match suite {
         Suite::Unit => {
             setup::ensure(Scope::Build)?;
+            // The tests' own crate is no default member; what its programs reckon with is tested, too.
+            crate::run::run(cargo().args(["test", "--package", "culvert-tests", "--lib", "--bins"]).args(filter))?;
             command.env("CULVERT_REQUIRE_EBPF", "1");
         }
         Suite::Ebpf | Suite::Node => {

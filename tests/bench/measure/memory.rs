@@ -1,0 +1,36 @@
+//! What agents hold that have carried nothing yet, and what each open connection adds.
+
+use anyhow::{Context as _, Result};
+use nix::sys::resource::{Resource, getrlimit};
+
+use crate::cpu::resident;
+use crate::load::connections;
+use crate::measure::{Scale, Values};
+use crate::topology::{Path, Topology};
+
+/// How many connections are open, and the keys of what each costs the agents. The second step goes as far as descriptors reach.
+const STEPS: [(usize, [&str; 2]); 2] =
+    [(1000, ["each_of_1000_a", "each_of_1000_b"]), (10_000, ["each_of_most_a", "each_of_most_b"])];
+/// An agent takes a connection for each four descriptors that it may have; some of those are spoken for.
+const DESCRIPTORS_EACH: u64 = 4;
+const SPOKEN_FOR: u64 = 400;
+
+pub(super) fn measure(topology: &Topology, path: Path, scale: Scale) -> Result<Values> {
+    let (from, to) = topology.ends(path)?;
+    let agents: [u32; 2] = topology.agents(path).try_into().ok().context("there are not two agents")?;
+    let memory = || -> Result<[f64; 2]> { Ok([resident(agents[0])?, resident(agents[1])?]) };
+    let idle = memory()?;
+    let mut values = vec![("idle_a", idle[0] / 1e6), ("idle_b", idle[1] / 1e6)];
+    let mut open = Vec::new();
+    let descriptors = getrlimit(Resource::RLIMIT_NOFILE)?.0.saturating_sub(SPOKEN_FOR) / DESCRIPTORS_EACH;
+    for (count, keys) in STEPS.into_iter().filter(|(count, _)| *count <= scale.most_connections) {
+        let count = count.min(usize::try_from(descriptors)?);
+        open.extend(connections::open(&from.netns, to.v4, count.saturating_sub(open.len()))?.1);
+        let grown = memory()?;
+        values.extend((0..2).map(|agent| (keys[agent], (grown[agent] - idle[agent]) / 1024.0 / count as f64)));
+        if count > 1000 {
+            values.push(("most", count as f64));
+        }
+    }
+    Ok(values)
+}

@@ -1,0 +1,84 @@
+//! What the mesh's size costs an agent that has only few pods of its own: memory, and the time until it knows all of it.
+
+use std::fmt::Write as _;
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+
+use harness::{Mesh, eventually_within};
+
+use crate::cpu::resident;
+use crate::interrupt;
+use crate::measure::{Scale, Values};
+use crate::metrics;
+
+/// How many workloads, and the keys of what the agent holds with them and of how long it takes to know them.
+const SIZES: [(usize, [&str; 2]); 2] = [(10_000, ["held_10000", "ready_10000"]), (200_000, ["held_200000", "ready_200000"])];
+/// Workloads for each service, and in each file of manifests.
+const A_SERVICE: usize = 10;
+const A_FILE: usize = 10_000;
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The node whose agent is looked at.
+const NODE: usize = 1;
+
+pub(super) fn measure(scale: Scale) -> Result<Values> {
+    let mut mesh = Mesh::start();
+    let mut values = Vec::new();
+    let mut written = 0;
+    for (size, [held, ready]) in SIZES.into_iter().filter(|(size, _)| *size <= scale.most_workloads) {
+        mesh.kill_agent(NODE);
+        mesh.kill_controller();
+        for first in (written..size).step_by(A_FILE) {
+            interrupt::check()?;
+            mesh.apply_file(&format!("workloads-{first}.json"), &workloads(first..(first + A_FILE).min(size)));
+        }
+        written = size;
+        mesh.start_controller_within(PATIENCE);
+        let begun = Instant::now();
+        mesh.start_agent(NODE);
+        eventually_within(PATIENCE, "the agent knows the mesh", || {
+            interrupt::wanted() || metrics::get(mesh.node(NODE), 15021, "/healthz/ready").is_ok()
+        });
+        interrupt::check()?;
+        values.push((ready, begun.elapsed().as_secs_f64()));
+        let agent = mesh.agent_process(NODE).context("the agent has ended")?;
+        values.push((held, resident(agent)? / 1e6));
+    }
+    Ok(values)
+}
+
+/// Pods on nodes elsewhere, and a service for a few of them each.
+fn workloads(numbers: std::ops::Range<usize>) -> String {
+    let mut items = String::from("{\"kind\": \"List\", \"items\": [\n");
+    for number in numbers {
+        let address = Ipv4Addr::from_bits(Ipv4Addr::new(10, 100, 0, 0).to_bits() + number as u32);
+        let group = number / A_SERVICE;
+        let _infallible = write!(
+            items,
+            r#"{{"apiVersion": "v1", "kind": "Pod", "metadata": {{"name": "app-{group}-{number}", "namespace": "team-{team}",
+  "uid": "00000000-0000-4000-8000-{number:012}", "labels": {{"app": "app-{group}", "culvert.dev/mesh": "enabled"}}}},
+  "spec": {{"nodeName": "node-{node}", "serviceAccountName": "app-{group}", "containers": [{{"name": "app", "image": "none"}}]}},
+  "status": {{"phase": "Running", "podIP": "{address}", "podIPs": [{{"ip": "{address}"}}], "conditions": [{{"type": "Ready", "status": "True"}}]}}}},
+"#,
+            team = group % 100,
+            node = number % 1000,
+        );
+        if number % A_SERVICE == 0 {
+            items.push_str(&service(group));
+        }
+    }
+    items.truncate(items.trim_end_matches([',', '\n']).len());
+    items.push_str("\n]}\n");
+    items
+}
+
+fn service(group: usize) -> String {
+    let address = Ipv4Addr::from_bits(Ipv4Addr::new(10, 200, 0, 0).to_bits() + group as u32);
+    format!(
+        r#"{{"apiVersion": "v1", "kind": "Service", "metadata": {{"name": "app-{group}", "namespace": "team-{team}"}},
+  "spec": {{"clusterIP": "{address}", "clusterIPs": ["{address}"], "selector": {{"app": "app-{group}"}}, "ports": [{{"name": "http", "port": 80, "targetPort": 8080, "protocol": "TCP"}}]}}}},
+"#,
+        team = group % 100,
+    )
+}

@@ -1,0 +1,188 @@
+//! All rows: what is to be reached, and what the peer reached, beside direct connections of the same run.
+
+use super::Bound::{Ratio, Value};
+use super::{Figure, Measure, Row};
+use crate::topology::Path;
+
+/// Rows with this path have the other proxy's, too, where that can be measured.
+pub(crate) const BOTH: &[Path] = &[Path::Culvert];
+
+/// All rows, in the order in which they are measured and shown.
+pub(crate) const ROWS: &[Row] = &[
+    Row {
+        name: "memory",
+        group: MEMORY,
+        measure: Measure::Memory,
+        base: None,
+        paths: BOTH,
+        figures: &[
+            Figure::less("idle_a", "idle, client's node", MB).goal(Value(12.0)).peer(Value(15.0)),
+            Figure::less("idle_b", "idle, server's node", MB).goal(Value(12.0)).peer(Value(15.0)),
+            Figure::less("each_of_1000_a", "1,000 connections, client's node", EACH).goal(Value(6.0)).peer(Value(7.0)),
+            Figure::less("each_of_1000_b", "1,000 connections, server's node", EACH).goal(Value(6.0)).peer(Value(7.0)),
+            Figure::less("each_of_most_a", "most connections, client's node", EACH).goal(Value(6.0)).peer(Value(7.0)),
+            Figure::less("each_of_most_b", "most connections, server's node", EACH).goal(Value(6.0)).peer(Value(7.0)),
+            Figure::more("most", "  as descriptors allow, 10,000 at most", "open"),
+        ],
+    },
+    stream("stream-1-up", 1, false, &STREAM_1_UP),
+    stream("stream-1-down", 1, true, &STREAM_1_DOWN),
+    stream("stream-8-up", 8, false, &STREAM_8_UP),
+    stream("stream-8-down", 8, true, &STREAM_8_DOWN),
+    Row {
+        name: "request-1",
+        group: REQUEST,
+        measure: Measure::Requests { clients: 1 },
+        base: Some(Path::Direct),
+        paths: BOTH,
+        figures: &[
+            Figure::less("p50", "1 connection, p50", "µs").goal(Value(100.0)).peer(Value(134.0)),
+            Figure::less("p99", "1 connection, p99", "µs").goal(Value(160.0)).peer(Value(241.0)),
+        ],
+    },
+    Row {
+        name: "request-64",
+        group: REQUEST,
+        measure: Measure::Requests { clients: 64 },
+        base: Some(Path::Direct),
+        paths: BOTH,
+        figures: &[Figure::more("rate", "64 connections", REQUESTS).goal(Ratio(0.38)).peer(Ratio(0.17)), P50, P99],
+    },
+    Row {
+        name: "connect-32",
+        group: CONNECT,
+        measure: Measure::Connections { clients: 32 },
+        base: Some(Path::Direct),
+        paths: BOTH,
+        figures: &[
+            Figure::more("rate", "32 clients connecting", CONNECTIONS).goal(Ratio(0.42)).peer(Ratio(0.20)),
+            P50,
+            P99,
+            FAILED,
+        ],
+    },
+    Row {
+        name: "wrk-64",
+        group: "64 connections kept alive, 1 KiB",
+        measure: Measure::Wrk,
+        base: Some(Path::Direct),
+        paths: BOTH,
+        figures: &[Figure::more("rate", "wrk and nginx", REQUESTS).goal(Ratio(0.40)).peer(Ratio(0.18)), P50, P99],
+    },
+    Row {
+        name: "same-node-stream",
+        group: SAME_NODE,
+        measure: Measure::Stream { streams: 1, down: false },
+        base: Some(Path::DirectSameNode),
+        paths: &[Path::SameNode],
+        figures: &[Figure::more("rate", "1 stream", GBITS).goal(Ratio(0.95)), AGENTS_CPU, MACHINE_CPU],
+    },
+    Row {
+        name: "same-node-connect",
+        group: SAME_NODE,
+        measure: Measure::Connections { clients: 32 },
+        base: Some(Path::DirectSameNode),
+        paths: &[Path::SameNode],
+        figures: &[Figure::more("rate", "32 clients connecting", CONNECTIONS).goal(Ratio(0.95)), FAILED],
+    },
+    Row {
+        name: "passed-stream",
+        group: PASSED,
+        measure: Measure::Stream { streams: 1, down: false },
+        base: Some(Path::Direct),
+        paths: &[Path::OutOfMesh, Path::Plaintext],
+        figures: &[Figure::more("rate", "1 stream", GBITS).goal(Ratio(0.98)), AGENTS_CPU],
+    },
+    Row {
+        name: "passed-connect",
+        group: PASSED,
+        measure: Measure::Connections { clients: 32 },
+        base: Some(Path::Direct),
+        paths: &[Path::OutOfMesh, Path::Plaintext],
+        figures: &[Figure::more("rate", "32 clients connecting", CONNECTIONS).goal(Ratio(0.98)), FAILED],
+    },
+    Row {
+        name: "first-byte",
+        group: SET_UP,
+        measure: Measure::FirstByte,
+        base: Some(Path::Direct),
+        paths: &[Path::Culvert],
+        figures: &[
+            Figure::less("first", "first answer of a pair, with a handshake", MS),
+            Figure::less("next", "the next answer of the pair", MS),
+        ],
+    },
+    Row {
+        name: "handshakes",
+        group: SET_UP,
+        measure: Measure::Handshakes,
+        base: None,
+        paths: &[Path::Culvert],
+        figures: &[Figure::more("rate", "handshakes", "tunnels/s")],
+    },
+    Row {
+        name: "cliff",
+        group: "Many sockets in TIME_WAIT, the client closes first",
+        measure: Measure::Cliff,
+        base: Some(Path::Direct),
+        paths: &[Path::Culvert],
+        figures: &[
+            Figure::more("first", "first quarter of the time", CONNECTIONS),
+            Figure::more("last", "last quarter of the time", CONNECTIONS),
+            Figure::more("flat", "last quarter to first", "").goal(Value(0.9)).peer(Value(0.11)),
+            FAILED,
+        ],
+    },
+    Row {
+        name: "mesh-size",
+        group: "Size of the mesh, a service for ten workloads",
+        measure: Measure::MeshSize,
+        base: None,
+        paths: &[Path::Culvert],
+        figures: &[
+            Figure::less("held_10000", "10,000 workloads, an agent holds", MB),
+            Figure::less("ready_10000", "  from start to ready", "s"),
+            Figure::less("held_200000", "200,000 workloads, an agent holds", MB).goal(Value(150.0)),
+            Figure::less("ready_200000", "  from start to ready", "s").goal(Value(2.0)),
+        ],
+    },
+];
+
+const AGENTS_CPU: Figure = Figure::less("agents_cpu", "  both agents' CPU", "s/GB");
+const MACHINE_CPU: Figure = Figure::less("machine_cpu", "  the machine's CPU", "s/GB");
+
+const MS: &str = "ms";
+const MB: &str = "MB";
+const EACH: &str = "KiB each";
+const GBITS: &str = "Gbit/s";
+const REQUESTS: &str = "requests/s";
+const CONNECTIONS: &str = "connections/s";
+
+const MEMORY: &str = "Memory of an agent";
+const THROUGHPUT: &str = "Throughput, iperf3";
+const REQUEST: &str = "128 B up, 1 KiB down";
+const CONNECT: &str = "Connect, one request, close";
+const SAME_NODE: &str = "Both pods on one node, in the mesh";
+const PASSED: &str = "Connections that need no tunnel";
+const SET_UP: &str = "Setting up";
+const P50: Figure = Figure::less("p50", "  p50", "µs");
+const P99: Figure = Figure::less("p99", "  p99", "µs");
+const FAILED: Figure = Figure::less("failed", "  failed", "connections");
+
+const STREAM_1_UP: [Figure; 3] = one_stream("1 stream to the server");
+const STREAM_1_DOWN: [Figure; 3] = one_stream("1 stream from the server");
+const STREAM_8_UP: [Figure; 3] = eight_streams("8 streams to the server");
+const STREAM_8_DOWN: [Figure; 3] = eight_streams("8 streams from the server");
+
+const fn stream(name: &'static str, streams: u8, down: bool, figures: &'static [Figure]) -> Row {
+    Row { name, group: THROUGHPUT, measure: Measure::Stream { streams, down }, base: Some(Path::Direct), paths: BOTH, figures }
+}
+
+const fn one_stream(title: &'static str) -> [Figure; 3] {
+    let rate = Figure::more("rate", title, GBITS).goal(Ratio(0.38)).peer(Ratio(0.18));
+    [rate, AGENTS_CPU.goal(Value(0.5)).peer(Value(0.95)), MACHINE_CPU]
+}
+
+const fn eight_streams(title: &'static str) -> [Figure; 3] {
+    [Figure::more("rate", title, GBITS).goal(Ratio(0.41)).peer(Ratio(0.20)), AGENTS_CPU, MACHINE_CPU]
+}
