@@ -29,7 +29,7 @@ use crate::relay::{Cancel, Sink, Source, relay, tcp};
 use crate::serve::{Permits, serve};
 use crate::tunnel::pool::Pool;
 use crate::tunnel::single::Open;
-use crate::tunnel::{ALPN, Stream, TunnelError, dial, tls};
+use crate::tunnel::{Stream, TunnelError, TunnelForm, dial, tls};
 
 pub mod route;
 
@@ -54,6 +54,7 @@ pub struct Outbound {
 
 /// Who speaks to whom, under which certificate.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+    form: TunnelForm,
 pub struct TunnelKey {
     source: SpiffeId,
     source_pod: Arc<str>,
@@ -96,10 +97,17 @@ impl From<SvidError> for Failure {
 impl Outbound {
     /// The source's side, from its parts.
     #[must_use]
-    pub fn new(maps: Maps, discovery: DiscoveryHandle, svids: SvidStore, observer: Observer, drain: Drain) -> Arc<Self> {
+    pub fn new(
+        maps: Maps,
+        discovery: DiscoveryHandle,
+        svids: SvidStore,
+        observer: Observer,
+        drain: Drain,
+        form: TunnelForm,
+    ) -> Arc<Self> {
         let snapshots = discovery.snapshots();
         let (pool, robin) = (Pool::new(), RoundRobin::default());
-        Arc::new(Self { maps, discovery, snapshots, svids, pool, robin, observer, drain })
+        Arc::new(Self { maps, discovery, snapshots, svids, pool, robin, observer, drain, form })
     }
 
     /// Carries the connections that `pod` makes, until the pod leaves the mesh or the agent stops.
@@ -210,7 +218,7 @@ impl Outbound {
         };
         let dial = || async {
             let bundle = Arc::clone(&self.svids.bundle().borrow());
-            let config = tls::client_config(&svid, &bundle, vec![destination.identity.clone()], &ALPN)?;
+            let config = tls::client_config(&svid, &bundle, vec![destination.identity.clone()], self.form.alpn())?;
             let socket = pod_socket(pod, peer.0).map_err(|source| TunnelError::Connect { peer: peer.0, source })?;
             let connected = passthrough::connect(socket, peer.0).await;
             let stream = connected.map_err(|error| TunnelError::Connect { peer: peer.0, source: io::Error::other(error) })?;
