@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::capture::{Accepted, Listener, LocalPod, Maps};
 use crate::deliver::{DeliverError, passthrough};
@@ -37,6 +38,9 @@ use route::{RoundRobin, Route, route};
 
 /// How long a connection waits for its pod's certificate.
 const IDENTITY_DEADLINE: Duration = Duration::from_secs(5);
+/// How long the destination's agent may take to answer, its own connection to the application included. A tunnel whose far end has
+/// gone without a word takes longer to be found dead.
+const OPEN_DEADLINE: Duration = Duration::from_secs(15);
 /// The port of peers' tunnels.
 const HBONE_PORT: u16 = 15008;
 
@@ -50,11 +54,11 @@ pub struct Outbound {
     robin: RoundRobin,
     observer: Observer,
     drain: Drain,
+    form: TunnelForm,
 }
 
 /// Who speaks to whom, under which certificate.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-    form: TunnelForm,
 pub struct TunnelKey {
     source: SpiffeId,
     source_pod: Arc<str>,
@@ -228,7 +232,13 @@ impl Outbound {
             self.observer.metrics().handshake(Side::Client, result, started.elapsed());
             made
         };
-        Ok(self.pool.open(&key, open, dial).await?)
+        match timeout(OPEN_DEADLINE, self.pool.open(&key, open, dial)).await {
+            Ok(opened) => Ok(opened?),
+            Err(_elapsed) => Err(Failure::new(
+                CloseReason::DestinationUnreachable,
+                format_args!("the agent at {} has not answered within {OPEN_DEADLINE:?}", peer.0),
+            )),
+        }
     }
 
     async fn relay(&self, stream: TcpStream, far: (&mut impl Source, &mut impl Sink), info: ConnectionInfo) {
