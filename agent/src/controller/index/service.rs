@@ -10,6 +10,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use super::endpoints::Slice;
 use super::pod::PodRecord;
 use super::{ObjectName, Resource, resource};
+use crate::proto::workload::load_balancing::HealthPolicy;
 use crate::proto::workload::{IpFamilies, LoadBalancing, NetworkAddress, Port, Service as WireService, load_balancing};
 
 /// A service, reduced to what the mesh needs.
@@ -20,6 +21,7 @@ pub(super) struct ServiceRecord {
     addresses: Vec<IpAddr>,
     ports: Vec<ServicePort>,
     node_local: bool,
+    unready_too: bool,
     families: IpFamilies,
 }
 
@@ -70,6 +72,7 @@ impl ServiceRecord {
             selector: spec.selector.clone().unwrap_or_default(),
             ports: ports.collect(),
             node_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+            unready_too: spec.publish_not_ready_addresses.unwrap_or(false),
             families: families(spec.ip_families.as_deref(), &addresses),
             addresses,
         })
@@ -86,11 +89,12 @@ impl ServiceRecord {
                 TargetPort::Name(_) => 0,
             },
         };
-        let node_local = || LoadBalancing {
-            routing_preference: vec![load_balancing::Scope::Node.into()],
-            mode: load_balancing::Mode::Strict.into(),
-            health_policy: load_balancing::HealthPolicy::OnlyHealthy.into(),
+        let (scopes, mode) = match self.node_local {
+            true => (vec![load_balancing::Scope::Node.into()], load_balancing::Mode::Strict),
+            false => (Vec::new(), load_balancing::Mode::UnspecifiedMode),
         };
+        let health = if self.unready_too { HealthPolicy::AllowAll } else { HealthPolicy::OnlyHealthy };
+        let balancing = LoadBalancing { routing_preference: scopes, mode: mode.into(), health_policy: health.into() };
         let wire = WireService {
             name: name.name.to_string(),
             namespace: name.namespace.to_string(),
@@ -98,7 +102,7 @@ impl ServiceRecord {
             addresses: self.addresses.iter().map(network_address).collect(),
             ports: self.ports.iter().map(port).collect(),
             subject_alt_names: Vec::new(),
-            load_balancing: self.node_local.then(node_local),
+            load_balancing: (self.node_local || self.unready_too).then_some(balancing),
             ip_families: self.families.into(),
         };
         resource::service(format!("{}/{}", name.namespace, self.hostname).into(), &self.addresses, wire)

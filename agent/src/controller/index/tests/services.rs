@@ -50,6 +50,15 @@ fn local_traffic_policy_means_endpoints_of_the_clients_node_only() {
 #[test]
 fn without_any_slice_the_selector_finds_the_endpoints() {
     let named = pod_with("web", "10.1.0.2", ", labels: {app: web}", "", "").replace(
+#[test]
+fn unready_endpoints_count_where_the_service_publishes_them() {
+    let balancing = |spec: &str| World::new(&service(spec)).find_service("web").unwrap().load_balancing;
+    let published = balancing("clusterIP: 10.96.0.1, publishNotReadyAddresses: true").unwrap();
+    assert_eq!(published.health_policy(), load_balancing::HealthPolicy::AllowAll);
+    assert_eq!((published.mode(), published.routing_preference), (load_balancing::Mode::UnspecifiedMode, Vec::new()));
+    assert_eq!(balancing("clusterIP: 10.96.0.1, publishNotReadyAddresses: false"), None);
+}
+
         "containers: []",
         "containers: [{name: c, ports: [{name: dns, containerPort: 53, protocol: UDP}, {name: dns, containerPort: 9000}]}]",
     );
