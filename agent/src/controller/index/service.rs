@@ -110,12 +110,16 @@ impl ServiceRecord {
 
     /// The pod's ports behind the service's, by the service's own target ports.
     pub(super) fn selected_ports(&self, pod: &PodRecord) -> Vec<Port> {
+        self.own_ports(Some(pod))
+    }
+
+    fn own_ports(&self, pod: Option<&PodRecord>) -> Vec<Port> {
         self.ports.iter().filter_map(|port| port.mapped(port.target_in(pod)?)).collect()
     }
 
-    /// The pod's ports behind the service's, as a slice has them.
-    pub(super) fn slice_ports(&self, slice: &Slice, pod: &PodRecord) -> Vec<Port> {
-        let Some(slice_ports) = &slice.ports else { return self.selected_ports(pod) };
+    /// The ports behind the service's, as a slice has them. Where the slice does not say, a pod's own do.
+    pub(super) fn slice_ports(&self, slice: &Slice, pod: Option<&PodRecord>) -> Vec<Port> {
+        let Some(slice_ports) = &slice.ports else { return self.own_ports(pod) };
         let pairs = self.ports.iter().filter_map(|port| {
             let named = slice_ports.iter().find(|(name, _)| *name == port.name);
             // One port on each side can only mean each other.
@@ -128,10 +132,10 @@ impl ServiceRecord {
 }
 
 impl ServicePort {
-    fn target_in(&self, pod: &PodRecord) -> Option<u16> {
+    fn target_in(&self, pod: Option<&PodRecord>) -> Option<u16> {
         match &self.target {
             TargetPort::Number(number) => Some(*number),
-            TargetPort::Name(name) => pod.ports.get(name).copied(),
+            TargetPort::Name(name) => pod?.ports.get(name).copied(),
         }
     }
 
