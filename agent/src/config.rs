@@ -11,6 +11,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::observe::log::LogFormat;
+use crate::tunnel::TunnelForm;
 
 /// The controller's port where the address names none.
 pub const CONTROLLER_PORT: u16 = 15012;
@@ -46,6 +47,8 @@ pub struct AgentConfig {
     pub admin_listen: SocketAddr,
     /// How log lines are written.
     pub log_format: LogFormat,
+    /// Which forms of tunnels are offered and taken.
+    pub tunnel_form: TunnelForm,
     /// Threads that move bytes, at least 1.
     pub workers: usize,
     /// How long open connections may go on after the agent was told to stop.

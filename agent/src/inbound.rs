@@ -33,7 +33,7 @@ use crate::policy::explain::explain;
 use crate::relay::{Sink, Source, relay, tcp};
 use crate::serve::{Permits, serve};
 use crate::tunnel::accept::Form;
-use crate::tunnel::{ALPN, TunnelError, accept, tls};
+use crate::tunnel::{TunnelError, TunnelForm, accept, tls};
 
 pub mod open;
 mod streams;
@@ -53,6 +53,7 @@ pub struct Inbound {
     open: Arc<OpenConnections>,
     observer: Observer,
     drain: Drain,
+    form: TunnelForm,
     server_configs: Mutex<HashMap<SpiffeId, (u64, Arc<ServerConfig>)>>,
 }
 
@@ -71,9 +72,15 @@ impl From<DeliverError> for Refusal {
 impl Inbound {
     /// The destination's side, from its parts.
     #[must_use]
-    pub fn new(snapshots: watch::Receiver<Arc<Snapshot>>, svids: SvidStore, observer: Observer, drain: Drain) -> Arc<Self> {
+    pub fn new(
+        snapshots: watch::Receiver<Arc<Snapshot>>,
+        svids: SvidStore,
+        observer: Observer,
+        drain: Drain,
+        form: TunnelForm,
+    ) -> Arc<Self> {
         let open = Arc::new(OpenConnections::default());
-        Arc::new(Self { snapshots, svids, open, observer, drain, server_configs: Mutex::default() })
+        Arc::new(Self { snapshots, svids, open, observer, drain, form, server_configs: Mutex::default() })
     }
 
     /// Serves the tunnels that peers open to `pod`, until the pod leaves the mesh or the agent stops.
@@ -175,7 +182,7 @@ impl Inbound {
         {
             return Ok(Arc::clone(config));
         }
-        let config = tls::server_config(&svid, &bundle, &trust_domain, &ALPN)?;
+        let config = tls::server_config(&svid, &bundle, &trust_domain, self.form.alpn())?;
         configs.insert(workload.identity.clone(), (svid.generation, Arc::clone(&config)));
         Ok(config)
     }

@@ -63,8 +63,8 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     let outcomes = capture.maps();
     observer.metrics().read_capture_outcomes_from(Box::new(move || outcomes.outcomes()));
 
-    let outbound = Outbound::new(maps, discovery.clone(), svids.clone(), observer.clone(), drain.clone());
-    let inbound = Inbound::new(discovery.snapshots(), svids.clone(), observer.clone(), drain.clone());
+    let outbound = Outbound::new(maps, discovery.clone(), svids.clone(), observer.clone(), drain.clone(), config.tunnel_form);
+    let inbound = Inbound::new(discovery.snapshots(), svids.clone(), observer.clone(), drain.clone(), config.tunnel_form);
     let (pod_events, events) = mpsc::channel(256);
     let stop = CancellationToken::new();
     let mut capturing = tokio::spawn(capture.run(discovery.snapshots(), ask(discovery.clone()), pod_events, stop.clone()));

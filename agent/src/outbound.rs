@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::capture::{Accepted, Listener, LocalPod, Maps};
 use crate::deliver::{DeliverError, passthrough};
@@ -29,7 +30,7 @@ use crate::relay::{Cancel, Sink, Source, relay, tcp};
 use crate::serve::{Permits, serve};
 use crate::tunnel::pool::Pool;
 use crate::tunnel::single::Open;
-use crate::tunnel::{ALPN, Stream, TunnelError, dial, tls};
+use crate::tunnel::{Stream, TunnelError, TunnelForm, dial, tls};
 
 pub mod route;
 
@@ -37,6 +38,9 @@ use route::{RoundRobin, Route, route};
 
 /// How long a connection waits for its pod's certificate.
 const IDENTITY_DEADLINE: Duration = Duration::from_secs(5);
+/// How long the destination's agent may take to answer, its own connection to the application included. A tunnel whose far end has
+/// gone without a word takes longer to be found dead.
+const OPEN_DEADLINE: Duration = Duration::from_secs(15);
 /// The port of peers' tunnels.
 const HBONE_PORT: u16 = 15008;
 
@@ -50,6 +54,7 @@ pub struct Outbound {
     robin: RoundRobin,
     observer: Observer,
     drain: Drain,
+    form: TunnelForm,
 }
 
 /// Who speaks to whom, under which certificate.
@@ -96,10 +101,17 @@ impl From<SvidError> for Failure {
 impl Outbound {
     /// The source's side, from its parts.
     #[must_use]
-    pub fn new(maps: Maps, discovery: DiscoveryHandle, svids: SvidStore, observer: Observer, drain: Drain) -> Arc<Self> {
+    pub fn new(
+        maps: Maps,
+        discovery: DiscoveryHandle,
+        svids: SvidStore,
+        observer: Observer,
+        drain: Drain,
+        form: TunnelForm,
+    ) -> Arc<Self> {
         let snapshots = discovery.snapshots();
         let (pool, robin) = (Pool::new(), RoundRobin::default());
-        Arc::new(Self { maps, discovery, snapshots, svids, pool, robin, observer, drain })
+        Arc::new(Self { maps, discovery, snapshots, svids, pool, robin, observer, drain, form })
     }
 
     /// Carries the connections that `pod` makes, until the pod leaves the mesh or the agent stops.
@@ -222,7 +234,7 @@ impl Outbound {
         };
         let dial = || async {
             let bundle = Arc::clone(&self.svids.bundle().borrow());
-            let config = tls::client_config(&svid, &bundle, vec![destination.identity.clone()], &ALPN)?;
+            let config = tls::client_config(&svid, &bundle, vec![destination.identity.clone()], self.form.alpn())?;
             let socket = pod_socket(pod, peer.0).map_err(|source| TunnelError::Connect { peer: peer.0, source })?;
             let connected = passthrough::connect(socket, peer.0).await;
             let stream = connected.map_err(|error| TunnelError::Connect { peer: peer.0, source: io::Error::other(error) })?;
@@ -232,7 +244,13 @@ impl Outbound {
             self.observer.metrics().handshake(Side::Client, result, started.elapsed());
             made
         };
-        Ok(self.pool.open(&key, open, dial).await?)
+        match timeout(OPEN_DEADLINE, self.pool.open(&key, open, dial)).await {
+            Ok(opened) => Ok(opened?),
+            Err(_elapsed) => Err(Failure::new(
+                CloseReason::DestinationUnreachable,
+                format_args!("the agent at {} has not answered within {OPEN_DEADLINE:?}", peer.0),
+            )),
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Enters: a connected socket, this workload's SVID, and who the peer is meant to be. Leaves: streams, as endpoints for the
 //! relay. The peer is authenticated before any byte of an application moves; what form the streams take on the wire is chosen by
-//! ALPN and stays inside this module.
+//! ALPN, among those that the operator leaves open ([`TunnelForm`]), and stays inside this module.
 
 pub mod accept;
 pub mod dial;
@@ -16,9 +16,10 @@ pub mod tls;
 mod tls_stream;
 pub mod verify;
 
-use std::io;
 use std::net::SocketAddr;
+use std::str::FromStr;
 use std::time::Duration;
+use std::{fmt, io};
 
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
@@ -29,8 +30,57 @@ pub use stream::{Stream, StreamSink, StreamSource};
 
 /// How long a TLS handshake may take, on either side.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// The forms that this agent speaks, by ALPN, the preferred one first.
-pub const ALPN: [&[u8]; 2] = [single::ALPN, hbone::ALPN];
+
+/// Which forms this agent offers and takes for its tunnels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TunnelForm {
+    /// The single form with peers that speak it too, HBONE with all others.
+    #[default]
+    Auto,
+    /// HBONE with every peer: for networks that inspect what passes and let only HTTP/2 through, and to tell whether a fault is the
+    /// form's.
+    Hbone,
+}
+
+impl TunnelForm {
+    /// The names of all values.
+    pub const NAMES: [&str; 2] = ["auto", "hbone"];
+
+    /// The ALPN protocols, the preferred one first.
+    #[must_use]
+    pub fn alpn(self) -> &'static [&'static [u8]] {
+        match self {
+            Self::Auto => &[single::ALPN, hbone::ALPN],
+            Self::Hbone => &[hbone::ALPN],
+        }
+    }
+}
+
+impl FromStr for TunnelForm {
+    type Err = UnknownForm;
+
+    fn from_str(name: &str) -> Result<Self, UnknownForm> {
+        match name {
+            "auto" => Ok(Self::Auto),
+            "hbone" => Ok(Self::Hbone),
+            _ => Err(UnknownForm(name.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for TunnelForm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Hbone => "hbone",
+        })
+    }
+}
+
+/// No form has this name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is not a form of tunnels: use auto or hbone")]
+pub struct UnknownForm(String);
 
 /// A tunnel that has just been made, in the form that both sides chose.
 #[derive(Debug)]

@@ -113,13 +113,18 @@ fn decide(ctx: &SockAddrContext, address: Address) -> Decision {
         }
         return Decision::Done(Outcome::PassedAgent);
     }
-    if address.is_local() || address == own {
-        return Decision::Done(Outcome::PassedLocal);
-    }
-    match dispatch(destination) {
-        Dispatch::Pass => return Decision::Done(Outcome::PassedOutside),
-        Dispatch::Refuse => return Decision::Done(Outcome::RefusedNoEndpoint),
-        Dispatch::Capture => {}
+    let passed = if address.is_local() || address == own {
+        Some(Outcome::PassedLocal)
+    } else {
+        match dispatch(destination) {
+            Dispatch::Pass => Some(Outcome::PassedOutside),
+            Dispatch::Refuse => Some(Outcome::RefusedNoEndpoint),
+            Dispatch::Capture => None,
+        }
+    };
+    if let Some(outcome) = passed {
+        forget(ctx);
+        return Decision::Done(outcome);
     }
     if own == Address::UNSPECIFIED || !note(ctx, Socket::captured(destination)) {
         return Decision::Done(Outcome::RefusedNoRoom);
@@ -172,6 +177,17 @@ fn note(ctx: &SockAddrContext, socket: Socket) -> bool {
     // SAFETY: the helper takes the context that it was called for.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     SOCKETS.insert(cookie, socket, 0).is_ok()
+}
+
+/// Drops what was noted of a socket that was captured once and now connects elsewhere, lest `getpeername` tells its old peer.
+#[inline(always)]
+fn forget(ctx: &SockAddrContext) {
+    // SAFETY: the helper takes the context that it was called for.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: only the entry's presence is looked at. Looking takes no lock, and hardly any socket connects twice.
+    if unsafe { SOCKETS.get(cookie) }.is_some() {
+        let _gone_already = SOCKETS.remove(cookie);
+    }
 }
 
 /// The socket's mark; 0 when it cannot be read.

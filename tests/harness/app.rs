@@ -2,9 +2,12 @@
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd as _;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use socket2::{Domain, Protocol, Socket, Type};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::Namespace;
 
@@ -26,20 +29,41 @@ pub struct Seen {
 ///
 /// # Panics
 /// When the port is taken.
-pub fn server(pod: &Namespace, port: u16, serve: fn(TcpStream)) {
-    let listener = pod.run(move || -> TcpListener {
-        let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)).expect("a socket");
-        socket.set_reuse_address(true).expect("an option");
-        socket.set_only_v6(false).expect("an option");
-        socket.bind(&SocketAddr::from(([0_u16; 8], port)).into()).expect("a free port");
-        socket.listen(4096).expect("a listener");
-        socket.into()
-    });
+pub fn server(pod: &Namespace, port: u16, serve: impl Fn(TcpStream) + Clone + Send + 'static) {
+    accept(pod.run(move || listener(port)), serve);
+}
+
+/// Hands each connection to `serve`, on a thread of its own.
+pub fn accept(listener: TcpListener, serve: impl Fn(TcpStream) + Clone + Send + 'static) {
     std::thread::spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {
+            let serve = serve.clone();
             std::thread::spawn(move || serve(stream));
         }
     });
+}
+
+/// A server whose connections `serve` reports about, each with what it returns.
+pub fn reporting<T: Send + 'static>(
+    pod: &Namespace,
+    port: u16,
+    serve: impl Fn(TcpStream) -> T + Clone + Send + 'static,
+) -> Receiver<T> {
+    let (report, reports) = channel();
+    server(pod, port, move |stream| {
+        // A test that has seen enough listens no more.
+        let _nobody_listens = report.send(serve(stream));
+    });
+    reports
+}
+
+fn listener(port: u16) -> TcpListener {
+    let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)).expect("a socket");
+    socket.set_reuse_address(true).expect("an option");
+    socket.set_only_v6(false).expect("an option");
+    socket.bind(&SocketAddr::from(([0_u16; 8], port)).into()).expect("a free port");
+    socket.listen(4096).expect("a listener");
+    socket.into()
 }
 
 /// Tells the client's address on a line, then sends back what comes, and ends when the client has.
@@ -68,7 +92,15 @@ pub fn connect(pod: &Namespace, to: SocketAddr) -> io::Result<TcpStream> {
 /// # Errors
 /// As the application sees it; an early end is [`io::ErrorKind::UnexpectedEof`].
 pub fn converse(pod: &Namespace, to: SocketAddr, marker: &str) -> io::Result<Seen> {
-    let mut stream = connect(pod, to)?;
+    converse_over(connect(pod, to)?, marker)
+}
+
+/// The same over a connection that is there.
+///
+/// # Errors
+/// As the application sees it; an early end is [`io::ErrorKind::UnexpectedEof`].
+pub fn converse_over(mut stream: TcpStream, marker: &str) -> io::Result<Seen> {
+    stream.set_read_timeout(Some(PATIENCE))?;
     let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
     stream.write_all(marker.as_bytes())?;
     stream.shutdown(std::net::Shutdown::Write)?;
@@ -80,4 +112,26 @@ pub fn converse(pod: &Namespace, to: SocketAddr, marker: &str) -> io::Result<See
     }
     let client = client.parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
     Ok(Seen { local, peer, client })
+}
+
+/// Ends a connection by a reset.
+///
+/// # Panics
+/// When the socket is none.
+pub fn reset(stream: TcpStream) {
+    SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("an option");
+    drop(stream);
+}
+
+/// Waits until the kernel says that the connection has broken, reading nothing; false when it does not within `patience`.
+///
+/// # Panics
+/// When the kernel does not poll.
+#[must_use]
+pub fn breaks(stream: &TcpStream, patience: Duration) -> bool {
+    // Errors are told unasked.
+    let mut polled = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+    let timeout = PollTimeout::try_from(patience).expect("some seconds");
+    poll(&mut polled, timeout).expect("a socket polls");
+    polled[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR))
 }

@@ -5,11 +5,17 @@
 
 pub mod app;
 pub mod mesh;
+pub mod metrics;
 pub mod netns;
+pub mod program;
+pub mod service;
 pub mod wire;
 
-pub use mesh::{Mesh, Pod, PodSpec};
+pub use mesh::{Mesh, MeshSpec, Pod, PodSpec};
+pub use metrics::Metrics;
 pub use netns::Namespace;
+pub use program::Program;
+pub use service::{Endpoint, Service};
 pub use wire::Capture;
 
 use std::time::{Duration, Instant};

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::netns::Namespace;
-use crate::{Capture, PATIENCE, eventually, eventually_within};
+use crate::{Capture, Metrics, PATIENCE, eventually, eventually_within};
 
 /// The nodes' names.
 pub const NODES: [&str; 2] = ["a", "b"];
@@ -23,7 +23,17 @@ pub struct Mesh {
     controller: Option<Child>,
     agents: [Option<Child>; 2],
     controller_arguments: Vec<String>,
+    agent_arguments: [Vec<String>; 2],
     pods: u16,
+}
+
+/// How the parts of a mesh are to be started.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MeshSpec<'a> {
+    /// More arguments for the controller.
+    pub controller: &'a [&'a str],
+    /// More arguments for the agent of each node.
+    pub agents: [&'a [&'a str]; 2],
 }
 
 /// A pod to be made.
@@ -59,6 +69,13 @@ impl Pod {
     }
 }
 
+impl Pod {
+    /// Cuts the pod off, as if its node had lost power: what is sent to it is answered by nobody.
+    pub fn unplug(&self) {
+        self.netns.ip("link set eth0 down");
+    }
+}
+
 impl Drop for Pod {
     fn drop(&mut self) {
         let _gone_already = Command::new("umount").arg(&self.mount).output();
@@ -73,11 +90,24 @@ impl Mesh {
     }
 
     /// The same, with more arguments for the controller.
+    #[must_use]
+    pub fn start_with(controller_arguments: &[&str]) -> Self {
+        Self::start_as(MeshSpec { controller: controller_arguments, ..MeshSpec::default() })
+    }
+
+    /// The same, with the agents' tunnels in these forms (`--tunnel-form`).
+    #[must_use]
+    pub fn start_in([first, second]: [&str; 2]) -> Self {
+        let agents: [&[&str]; 2] = [&["--tunnel-form", first], &["--tunnel-form", second]];
+        Self::start_as(MeshSpec { agents, ..MeshSpec::default() })
+    }
+
+    /// The same, as `spec` says.
     ///
     /// # Panics
     /// When something cannot be made: root, iproute2 and a built binary are needed.
     #[must_use]
-    pub fn start_with(controller_arguments: &[&str]) -> Self {
+    pub fn start_as(spec: MeshSpec<'_>) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let id = format!("cv{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let dir = PathBuf::from("/run/culvert-test").join(&id);
@@ -91,7 +121,8 @@ impl Mesh {
             nodes: Vec::new(),
             controller: None,
             agents: [None, None],
-            controller_arguments: controller_arguments.iter().map(ToString::to_string).collect(),
+            controller_arguments: spec.controller.iter().map(ToString::to_string).collect(),
+            agent_arguments: spec.agents.map(|arguments| arguments.iter().map(ToString::to_string).collect()),
             pods: 0,
         };
         for (number, name) in NODES.iter().enumerate() {
@@ -151,6 +182,7 @@ impl Mesh {
         command.args(["agent", "--node", name, "--controller", "https://10.77.0.1:15012", "--root-cert"]);
         command.arg(self.dir.join("state/root-cert.pem")).arg("--token-file").arg(self.dir.join("state/tokens").join(name));
         command.arg("--netns-dir").arg(self.dir.join(name).join("netns")).arg("--bpf-dir").arg(self.dir.join(name).join("bpf"));
+        command.args(&self.agent_arguments[node]);
         self.agents[node] = Some(self.spawn(command, &format!("agent-{name}")));
         let started = format!("agent-{name}");
         eventually("the agent starts", || self.log(&started).contains("agent started"));
@@ -166,6 +198,55 @@ impl Mesh {
     /// Ends the agent of a node at once.
     pub fn kill_agent(&mut self, node: usize) {
         end(&mut self.agents[node]);
+    }
+
+    /// The resident memory of a node's agent, in bytes.
+    ///
+    /// # Panics
+    /// When it does not run.
+    #[must_use]
+    pub fn agent_memory(&self, node: usize) -> u64 {
+        let agent = self.agents[node].as_ref().expect("the agent runs");
+        let status = fs::read_to_string(format!("/proc/{}/status", agent.id())).expect("the agent runs");
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux tells");
+        resident.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+    }
+
+    /// The page of metrics of a node's agent.
+    ///
+    /// # Panics
+    /// When it is not served.
+    #[must_use]
+    pub fn metrics(&self, node: usize) -> Metrics {
+        let mut page = None;
+        eventually("the metrics are served", || {
+            page = self.nodes[node].run(|| Metrics::fetch(SocketAddr::from(([127, 0, 0, 1], 15020))).ok());
+            page.is_some()
+        });
+        page.expect("fetched")
+    }
+
+    /// A page of the admin interface of a node's agent.
+    ///
+    /// # Panics
+    /// When it is not served.
+    #[must_use]
+    pub fn admin(&self, node: usize, path: &'static str) -> String {
+        let mut page = None;
+        eventually("the admin interface is served", || {
+            page = self.nodes[node].run(move || crate::metrics::get(SocketAddr::from(([127, 0, 0, 1], 15000)), path).ok());
+            page.is_some()
+        });
+        page.expect("fetched")
+    }
+
+    /// A manifest as it was written last.
+    ///
+    /// # Panics
+    /// When it never was.
+    #[must_use]
+    pub fn manifest(&self, name: &str) -> String {
+        fs::read_to_string(self.dir.join("manifests").join(format!("{name}.yaml"))).expect("a manifest")
     }
 
     /// Makes a pod; in the mesh it is enrolled when this returns.
@@ -205,8 +286,8 @@ impl Mesh {
         eventually(&format!("{name} may connect"), || crate::app::connect(&pod.netns, outside).is_ok());
         if enrolled {
             let log = format!("agent-{}", NODES[node]);
-            let line = format!("pod enrolled pod={name} ");
-            eventually(&format!("{name} is enrolled"), || self.log(&log).contains(&line));
+            let lines = [format!("pod enrolled pod={name} "), format!("\"message\":\"pod enrolled\",\"pod\":\"{name}\"")];
+            eventually(&format!("{name} is enrolled"), || lines.iter().any(|line| self.log(&log).contains(line)));
         }
         pod
     }

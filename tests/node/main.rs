@@ -1,7 +1,29 @@
 //! Node tests: real namespaces, real eBPF, real mutual TLS. One file per promise; every allow has its deny twin.
 
+/// Has each of these tests run once for each pair of tunnel forms that the two agents may be set to: they get the values of the agents'
+/// `--tunnel-form`, the client's first.
+macro_rules! in_each_form {
+    ($($test:ident),+ $(,)?) => {
+        mod culvert {
+            $(#[test] fn $test() { super::$test(["auto", "auto"]); })+
+        }
+        mod hbone {
+            $(#[test] fn $test() { super::$test(["hbone", "hbone"]); })+
+        }
+        mod mixed {
+            $(#[test] fn $test() { super::$test(["auto", "hbone"]); })+
+        }
+    };
+}
+
 mod authorization;
 mod encryption;
+mod ends;
 mod lifecycle;
+mod programs;
+mod services;
+mod sockets;
+mod telemetry;
 mod transparency;
+mod tunnel_forms;
 mod volume;

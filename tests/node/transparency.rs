@@ -1,11 +1,9 @@
-//! Promise: applications notice nothing. Addresses, ends of streams, resets and refusals are what they would be without a mesh.
+//! Promise: applications notice nothing. Addresses are what they would be without a mesh, and what is none of ours is left alone.
 
-use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{Shutdown, TcpStream};
+use std::net::UdpSocket;
 use std::time::Duration;
 
 use harness::{Mesh, Pod, PodSpec, app, eventually};
-use socket2::SockRef;
 
 const PORT: u16 = 8080;
 
@@ -48,69 +46,38 @@ fn what_is_outside_the_mesh_is_not_proxied() {
 }
 
 #[test]
-fn a_refused_connection_is_reset_and_a_service_without_endpoints_refused() {
+fn udp_is_untouched() {
     let mut mesh = Mesh::start();
     let (client, server) = pair(&mut mesh);
-    let mut refused = app::connect(&client.netns, server.at(false, PORT + 7)).expect("the agent has taken the connection");
-    assert_eq!(refused.read(&mut [0; 16]).expect_err("nobody listens").kind(), ErrorKind::ConnectionReset);
-
-    let service = |ready: bool| {
-        format!(
-            "apiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: shop}}\n\
-             spec: {{clusterIP: 10.96.0.9, clusterIPs: [10.96.0.9], selector: {{app: server}}, ports: [{{port: 80, targetPort: {PORT}}}]}}\n---\n\
-             apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: web-1, namespace: shop, labels: {{kubernetes.io/service-name: web}}}}\n\
-             addressType: IPv4\nendpoints: [{{addresses: [{}], conditions: {{ready: {ready}}}}}]\nports: [{{port: {PORT}, protocol: TCP, name: \"\"}}]\n",
-            server.v4
-        )
-    };
-    client.netns.ip("route add default via 10.77.0.1");
-    let vip = ([10, 96, 0, 9], 80).into();
-    mesh.apply("web", &service(true));
-    eventually("the service leads to its endpoint", || {
-        app::converse(&client.netns, vip, "hello").is_ok_and(|seen| seen.client.ip() == client.v4 && seen.peer == vip)
+    mesh.mode("shop", "STRICT");
+    let outsider = mesh.pod(PodSpec { name: "outsider", namespace: "shop", node: 0, enrolled: false });
+    eventually("STRICT holds", || app::converse(&outsider.netns, server.at(false, PORT), "hello").is_err());
+    let socket = server.netns.run(|| UdpSocket::bind("[::]:8080").expect("a free port"));
+    std::thread::spawn(move || {
+        let mut datagram = [0; 64];
+        while let Ok((length, from)) = socket.recv_from(&mut datagram) {
+            let _gone = socket.send_to(&datagram[..length], from);
+        }
     });
-    mesh.apply("web", &service(false));
-    eventually("without a ready endpoint connect() itself is refused", || {
-        app::connect(&client.netns, vip).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
-    });
-}
-
-#[test]
-fn a_half_close_leaves_the_other_direction_open_and_a_reset_is_a_reset() {
-    fn reset_after_hello(mut stream: TcpStream) {
-        let _hello = stream.read(&mut [0; 16]);
-        SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("an option");
+    let mut capture = mesh.capture_between_nodes();
+    for (pod, marker) in [(&client, "udp-of-a-member"), (&outsider, "udp-of-an-outsider")] {
+        for v6 in [false, true] {
+            let to = server.at(v6, PORT);
+            pod.netns.run(move || {
+                let any = if v6 { "[::]:0" } else { "0.0.0.0:0" };
+                let socket = UdpSocket::bind(any).expect("a socket");
+                socket.set_read_timeout(Some(Duration::from_secs(5))).expect("an option");
+                socket.connect(to).expect("connected");
+                assert_eq!(socket.peer_addr().expect("connected"), to);
+                socket.send(marker.as_bytes()).expect("sent");
+                let mut answer = [0; 64];
+                let length = socket.recv(&mut answer).expect("an answer");
+                assert_eq!(&answer[..length], marker.as_bytes());
+            });
+        }
+        eventually("the datagrams are seen as they are", || capture.shows(marker.as_bytes()));
     }
-    fn answers_after_the_end(mut stream: TcpStream) {
-        let mut all = Vec::new();
-        let _read = stream.read_to_end(&mut all);
-        let _written = writeln!(stream, "{} bytes", all.len());
-    }
-    fn speaks_first(mut stream: TcpStream) {
-        let _written = stream.write_all(b"welcome\n");
-        let _read = stream.read(&mut [0; 16]);
-    }
-    let mut mesh = Mesh::start();
-    let (client, server) = pair(&mut mesh);
-    app::server(&server.netns, PORT + 1, reset_after_hello);
-    app::server(&server.netns, PORT + 2, answers_after_the_end);
-    app::server(&server.netns, PORT + 3, speaks_first);
-
-    let mut stream = app::connect(&client.netns, server.at(false, PORT + 1)).expect("a connection");
-    stream.write_all(b"hello").expect("open");
-    assert_eq!(stream.read(&mut [0; 16]).expect_err("a reset").kind(), ErrorKind::ConnectionReset);
-
-    let mut stream = app::connect(&client.netns, server.at(false, PORT + 2)).expect("a connection");
-    stream.write_all(&[7; 100_000]).expect("open");
-    stream.shutdown(Shutdown::Write).expect("half closed");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("the other half is open");
-    assert_eq!(answer, "100000 bytes\n");
-
-    let mut stream = app::connect(&client.netns, server.at(false, PORT + 3)).expect("a connection");
-    let mut welcome = [0; 8];
-    stream.read_exact(&mut welcome).expect("the server speaks first");
-    assert_eq!(&welcome, b"welcome\n");
+    capture.finish();
 }
 
 #[test]

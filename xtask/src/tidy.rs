@@ -22,7 +22,7 @@ const ARROWS: [(&str, &[&str]); 16] = [
     ("tunnel", &["model", "identity", "relay"]),
     ("observe", &["model", "policy"]),
     ("serve", &["capture", "drain", "relay"]),
-    ("config", &["observe"]),
+    ("config", &["observe", "tunnel"]),
     ("controller", &["model", "policy", "proto"]),
     ("outbound", &["capture", "deliver", "discovery", "drain", "identity", "model", "observe", "relay", "serve", "tunnel"]),
     ("inbound", &["capture", "deliver", "drain", "identity", "model", "observe", "policy", "relay", "serve", "tunnel"]),

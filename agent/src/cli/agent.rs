@@ -12,6 +12,7 @@ use crate::config::{
     ADMIN_LISTEN, AgentConfig, ConfigError, ControllerAddress, METRICS_LISTEN, READY_LISTEN, parse_duration, parse_listen,
 };
 use crate::observe::log::{self, LogFormat};
+use crate::tunnel::TunnelForm;
 
 /// The arguments of `culvert agent`.
 #[derive(Clone, Debug, clap::Args)]
@@ -62,6 +63,11 @@ pub struct AgentArgs {
     #[arg(long, value_name = "FORMAT", default_value_t = LogFormat::Text, value_parser = log_format())]
     log_format: LogFormat,
 
+    /// How tunnels are made. auto: Culvert's own form with other Culvert agents, HBONE (HTTP/2) with every other peer. hbone: HBONE
+    /// with all peers, for networks that inspect what passes, or to find a fault.
+    #[arg(long, value_name = "FORM", default_value_t = TunnelForm::Auto, value_parser = tunnel_form())]
+    tunnel_form: TunnelForm,
+
     /// Threads that move bytes [default: one for each processor].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: Option<u16>,
@@ -74,6 +80,10 @@ pub struct AgentArgs {
 /// Reads a log format; shared by the roles.
 pub fn log_format() -> impl clap::builder::TypedValueParser<Value = LogFormat> {
     PossibleValuesParser::new(LogFormat::NAMES).try_map(|name| name.parse::<LogFormat>())
+}
+
+fn tunnel_form() -> impl clap::builder::TypedValueParser<Value = TunnelForm> {
+    PossibleValuesParser::new(TunnelForm::NAMES).try_map(|name| name.parse::<TunnelForm>())
 }
 
 impl AgentArgs {
@@ -95,6 +105,7 @@ impl AgentArgs {
             ready_listen: self.ready_listen,
             admin_listen: self.admin_listen,
             log_format: self.log_format,
+            tunnel_form: self.tunnel_form,
             workers: self.workers.map_or_else(processors, usize::from),
             drain_timeout: self.drain_timeout,
         }

@@ -13,6 +13,7 @@ fn config() -> AgentConfig {
         ready_listen: READY_LISTEN,
         admin_listen: ADMIN_LISTEN,
         log_format: LogFormat::Text,
+        tunnel_form: TunnelForm::Auto,
         workers: 2,
         drain_timeout: Duration::from_secs(10),
     }

@@ -6,6 +6,7 @@
 
 mod endpoints;
 mod pod;
+mod podless;
 mod policies;
 mod resource;
 mod service;
@@ -23,6 +24,7 @@ use tracing::debug;
 
 use self::endpoints::{Slice, Slices, Target};
 use self::pod::{PodRecord, enrolment};
+use self::podless::Podless;
 use self::policies::Policies;
 pub use self::resource::{Resource, ResourceKind};
 use self::service::ServiceRecord;
@@ -88,6 +90,7 @@ pub struct Index {
 #[derive(Debug)]
 struct Stale {
     pods: BTreeSet<ObjectName>,
+    podless: BTreeSet<Podless>,
     services: BTreeSet<ObjectName>,
     policies: BTreeSet<ObjectName>,
     modes: bool,
@@ -148,6 +151,9 @@ impl Index {
             self.settle_residence(name);
             self.note_conflicts(name, &mut update.warnings);
             update.resources.push((ResourceKind::Address, resource::uid(name), self.workload(name)));
+        }
+        for endpoint in &stale.podless {
+            update.resources.push((ResourceKind::Address, endpoint.uid(), self.podless(endpoint)));
         }
         if stale.mesh {
             update.resources.push((ResourceKind::Mesh, "mesh".into(), Some(self.mesh())));
@@ -214,7 +220,13 @@ impl Index {
             Some(ranges) => self.nodes.insert(name, ranges),
             None => self.nodes.remove(&name),
         };
-        self.stale.mesh |= before.unwrap_or_default() != ranges.unwrap_or_default();
+        if before.unwrap_or_default() != ranges.unwrap_or_default() {
+            self.stale.mesh = true;
+            // Whether an address that no pod has may be a pod's depends on the ranges.
+            self.stale
+                .podless
+                .extend(self.slices.addresses().map(|(service, address)| Podless { service: service.clone(), address }));
+        }
     }
 
     fn set_namespace(&mut self, name: &Arc<str>, enrolled: bool) {
@@ -234,6 +246,7 @@ impl Index {
         };
         for address in before.iter().flat_map(PodRecord::claimed) {
             self.touch_claimants(*address);
+            self.touch_podless(*address);
             if let Some(claimants) = self.claims.get_mut(address) {
                 claimants.remove(&name);
                 if claimants.is_empty() {
@@ -243,6 +256,7 @@ impl Index {
         }
         for address in record.iter().flat_map(PodRecord::claimed) {
             self.touch_claimants(*address);
+            self.touch_podless(*address);
             self.claims.entry(*address).or_default().insert(name.clone());
         }
         self.stale.pods.insert(name);
@@ -256,7 +270,7 @@ impl Index {
         for record in before.iter().chain(&record) {
             self.touch_selected(&name, record);
         }
-        self.touch_targets(self.slices.targets_of(&name));
+        self.touch_targets(&name, self.slices.targets_of(&name));
         self.stale.services.insert(name);
     }
 
@@ -269,8 +283,8 @@ impl Index {
             .map(|slice| (slice.service.clone(), self.slices.serves(&slice.service)))
             .collect();
         let targets = self.slices.set(name, slice);
-        self.touch_targets(targets);
         for (service, served) in services {
+            self.touch_targets(&service, targets.clone());
             // With its first slice a service's selector no longer counts, and with its last one gone it counts again.
             if self.slices.serves(&service) != served
                 && let Some(record) = self.services.get(&service).cloned()
@@ -314,15 +328,23 @@ impl Index {
         self.stale.pods.extend(selected);
     }
 
-    fn touch_targets(&mut self, targets: BTreeSet<Target>) {
+    fn touch_targets(&mut self, service: &ObjectName, targets: BTreeSet<Target>) {
         for target in targets {
             match target {
                 Target::Pod(name) if self.pods.contains_key(&name) => drop(self.stale.pods.insert(name)),
                 Target::Pod(name) => debug!(pod = %name, "an endpoint is no known pod"),
-                Target::Address(address) if self.claims.contains_key(&address) => self.touch_claimants(address),
-                Target::Address(address) => debug!(%address, "an endpoint is the address of no known pod"),
+                Target::Address(address) => {
+                    self.touch_claimants(address);
+                    self.stale.podless.insert(Podless { service: service.clone(), address });
+                }
             }
         }
+    }
+
+    /// A pod with this address comes or goes: the endpoints that only have the address are no longer, or again, no pods.
+    fn touch_podless(&mut self, address: IpAddr) {
+        let services = self.slices.services_at(address);
+        self.stale.podless.extend(services.map(|service| Podless { service: service.clone(), address }));
     }
 
     fn touch_claimants(&mut self, address: IpAddr) {
@@ -404,6 +426,7 @@ impl Stale {
     fn none() -> Self {
         Self {
             pods: BTreeSet::new(),
+            podless: BTreeSet::new(),
             services: BTreeSet::new(),
             policies: BTreeSet::new(),
             modes: false,

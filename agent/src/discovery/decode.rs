@@ -308,6 +308,7 @@ impl At<'_> {
             addresses: addresses.collect::<Result<_, _>>()?,
             ports: ports.collect::<Result<_, DecodeError>>()?,
             node_local: self.node_local(message.load_balancing.as_ref())?,
+            unready_too: self.unready_too(message.load_balancing.as_ref())?,
             name: message.name.into(),
             namespace: message.namespace.into(),
             hostname: message.hostname.into(),
@@ -323,6 +324,16 @@ impl At<'_> {
             Mode::UnspecifiedMode | Mode::Failover | Mode::Passthrough => false,
         };
         Ok(strict && message.routing_preference.contains(&(Scope::Node as i32)))
+    }
+
+    fn unready_too(&self, load_balancing: Option<&workload::LoadBalancing>) -> Result<bool, DecodeError> {
+        use workload::load_balancing::HealthPolicy;
+
+        let Some(message) = load_balancing else { return Ok(false) };
+        Ok(match self.value("load_balancing.health_policy", message.health_policy)? {
+            HealthPolicy::OnlyHealthy => false,
+            HealthPolicy::AllowAll => true,
+        })
     }
 
     fn policy(&self, message: security::Authorization) -> Result<Authorization, DecodeError> {

@@ -48,7 +48,7 @@ pub enum Destination {
 /// The workloads behind a service.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Endpoints {
-    /// Those that a new connection may go to: ready, and on this node where the service asks for that.
+    /// Those that a new connection may go to: ready, unless the service takes others too, and on this node where it asks for that.
     pub ready: Vec<Arc<Workload>>,
     /// Whether any of them, ready or not, is in the mesh.
     pub any_enrolled: bool,
@@ -345,7 +345,7 @@ impl Snapshot {
             let Some(workload) = self.workloads.get(uid) else { continue };
             endpoints.total += 1;
             endpoints.any_enrolled |= workload.enrolled();
-            if workload.healthy && (!service.node_local || workload.node == self.node) {
+            if (workload.healthy || service.unready_too) && (!service.node_local || workload.node == self.node) {
                 endpoints.ready.push(Arc::clone(workload));
             }
         }

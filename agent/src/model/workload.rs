@@ -89,6 +89,8 @@ pub struct Service {
     pub ports: Vec<PortMapping>,
     /// Only endpoints on the client's own node count (`internalTrafficPolicy: Local`).
     pub node_local: bool,
+    /// Endpoints that are not ready count, too (`publishNotReadyAddresses`).
+    pub unready_too: bool,
 }
 
 impl Workload {

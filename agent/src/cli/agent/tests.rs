@@ -23,6 +23,7 @@ fn the_needed_flags_are_enough() {
     let listens = [config.metrics_listen, config.ready_listen, config.admin_listen].map(|addr| addr.to_string());
     assert_eq!(listens, ["0.0.0.0:15020", "0.0.0.0:15021", "127.0.0.1:15000"]);
     assert_eq!((config.log_format, config.drain_timeout), (LogFormat::Text, Duration::from_secs(10)));
+    assert_eq!(config.tunnel_form, TunnelForm::Auto);
     assert!(config.workers >= 1);
 }
 
@@ -36,6 +37,7 @@ fn every_flag_is_taken() {
         ["--ready-listen", "127.0.0.1:2"],
         ["--admin-listen", "[::1]:3"],
         ["--log-format", "json"],
+        ["--tunnel-form", "hbone"],
         ["--workers", "3"],
         ["--drain-timeout", "1m"],
     ];
@@ -43,6 +45,7 @@ fn every_flag_is_taken() {
     assert_eq!((config.netns_dir, config.cgroup_root), ("/n".into(), Some("/c".into())));
     assert_eq!((config.bpf_dir, config.admin_listen.to_string()), ("/b".into(), "[::1]:3".to_owned()));
     assert_eq!((config.log_format, config.workers, config.drain_timeout), (LogFormat::Json, 3, Duration::from_secs(60)));
+    assert_eq!(config.tunnel_form, TunnelForm::Hbone);
 }
 
 #[test]
@@ -52,6 +55,7 @@ fn wrong_values_are_refused_with_what_is_right() {
         assert!(error.contains(hint), "{error}");
     };
     check("--log-format", "xml", "[possible values: text, json]");
+    check("--tunnel-form", "h3", "[possible values: auto, hbone]");
     check("--metrics-listen", "here", "write IP:PORT");
     check("--drain-timeout", "soon", "such as 10s");
     check("--workers", "0", "1..=1024");

@@ -113,6 +113,27 @@ impl Slices {
         changed
     }
 
+    /// The slices of a service that have this address for an endpoint, and whether it is ready there.
+    pub(super) fn of_address(&self, service: &ObjectName, address: IpAddr) -> Vec<(&Slice, bool)> {
+        let found = self.at(address).filter(|slice| slice.service == *service);
+        found.filter_map(|slice| Some((slice, *slice.endpoints.get(&Target::Address(address))?))).collect()
+    }
+
+    /// The services that have this address for an endpoint, some of them more than once.
+    pub(super) fn services_at(&self, address: IpAddr) -> impl Iterator<Item = &ObjectName> {
+        self.at(address).map(|slice| &slice.service)
+    }
+
+    /// All endpoints that are named by address alone, with their services.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = (&ObjectName, IpAddr)> {
+        let slices = self.by_address.iter().flat_map(|(address, names)| names.iter().map(|name| (name, *address)));
+        slices.filter_map(|(name, address)| Some((&self.slices.get(name)?.service, address)))
+    }
+
+    fn at(&self, address: IpAddr) -> impl Iterator<Item = &Slice> {
+        self.by_address.get(&address).into_iter().flatten().filter_map(|name| self.slices.get(name))
+    }
+
     /// The slices that a pod is an endpoint of, and whether it is ready there. `addresses` are those that the pod owns.
     pub(super) fn of_pod(&self, pod: &ObjectName, addresses: &[IpAddr]) -> Vec<(&Slice, bool)> {
         let named = self.by_pod.get(pod).into_iter().flatten().map(|name| (name, Target::Pod(pod.clone())));

@@ -10,6 +10,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use super::endpoints::Slice;
 use super::pod::PodRecord;
 use super::{ObjectName, Resource, resource};
+use crate::proto::workload::load_balancing::HealthPolicy;
 use crate::proto::workload::{IpFamilies, LoadBalancing, NetworkAddress, Port, Service as WireService, load_balancing};
 
 /// A service, reduced to what the mesh needs.
@@ -20,6 +21,7 @@ pub(super) struct ServiceRecord {
     addresses: Vec<IpAddr>,
     ports: Vec<ServicePort>,
     node_local: bool,
+    unready_too: bool,
     families: IpFamilies,
 }
 
@@ -70,6 +72,7 @@ impl ServiceRecord {
             selector: spec.selector.clone().unwrap_or_default(),
             ports: ports.collect(),
             node_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+            unready_too: spec.publish_not_ready_addresses.unwrap_or(false),
             families: families(spec.ip_families.as_deref(), &addresses),
             addresses,
         })
@@ -86,11 +89,12 @@ impl ServiceRecord {
                 TargetPort::Name(_) => 0,
             },
         };
-        let node_local = || LoadBalancing {
-            routing_preference: vec![load_balancing::Scope::Node.into()],
-            mode: load_balancing::Mode::Strict.into(),
-            health_policy: load_balancing::HealthPolicy::OnlyHealthy.into(),
+        let (scopes, mode) = match self.node_local {
+            true => (vec![load_balancing::Scope::Node.into()], load_balancing::Mode::Strict),
+            false => (Vec::new(), load_balancing::Mode::UnspecifiedMode),
         };
+        let health = if self.unready_too { HealthPolicy::AllowAll } else { HealthPolicy::OnlyHealthy };
+        let balancing = LoadBalancing { routing_preference: scopes, mode: mode.into(), health_policy: health.into() };
         let wire = WireService {
             name: name.name.to_string(),
             namespace: name.namespace.to_string(),
@@ -98,7 +102,7 @@ impl ServiceRecord {
             addresses: self.addresses.iter().map(network_address).collect(),
             ports: self.ports.iter().map(port).collect(),
             subject_alt_names: Vec::new(),
-            load_balancing: self.node_local.then(node_local),
+            load_balancing: (self.node_local || self.unready_too).then_some(balancing),
             ip_families: self.families.into(),
         };
         resource::service(format!("{}/{}", name.namespace, self.hostname).into(), &self.addresses, wire)
@@ -106,12 +110,16 @@ impl ServiceRecord {
 
     /// The pod's ports behind the service's, by the service's own target ports.
     pub(super) fn selected_ports(&self, pod: &PodRecord) -> Vec<Port> {
+        self.own_ports(Some(pod))
+    }
+
+    fn own_ports(&self, pod: Option<&PodRecord>) -> Vec<Port> {
         self.ports.iter().filter_map(|port| port.mapped(port.target_in(pod)?)).collect()
     }
 
-    /// The pod's ports behind the service's, as a slice has them.
-    pub(super) fn slice_ports(&self, slice: &Slice, pod: &PodRecord) -> Vec<Port> {
-        let Some(slice_ports) = &slice.ports else { return self.selected_ports(pod) };
+    /// The ports behind the service's, as a slice has them. Where the slice does not say, a pod's own do.
+    pub(super) fn slice_ports(&self, slice: &Slice, pod: Option<&PodRecord>) -> Vec<Port> {
+        let Some(slice_ports) = &slice.ports else { return self.own_ports(pod) };
         let pairs = self.ports.iter().filter_map(|port| {
             let named = slice_ports.iter().find(|(name, _)| *name == port.name);
             // One port on each side can only mean each other.
@@ -124,10 +132,10 @@ impl ServiceRecord {
 }
 
 impl ServicePort {
-    fn target_in(&self, pod: &PodRecord) -> Option<u16> {
+    fn target_in(&self, pod: Option<&PodRecord>) -> Option<u16> {
         match &self.target {
             TargetPort::Number(number) => Some(*number),
-            TargetPort::Name(name) => pod.ports.get(name).copied(),
+            TargetPort::Name(name) => pod?.ports.get(name).copied(),
         }
     }
 

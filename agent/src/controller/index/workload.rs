@@ -74,7 +74,7 @@ impl Index {
             let Some(service) = self.services.get(&slice.service) else { continue };
             all_ready &= ready;
             let ports = services.entry(self.service_key(&slice.service).to_string()).or_default();
-            for port in service.slice_ports(slice, pod) {
+            for port in service.slice_ports(slice, Some(pod)) {
                 if !ports.contains(&port) {
                     ports.push(port);
                 }

@@ -87,17 +87,17 @@ fn extensions_of_others_are_skipped() {
 }
 
 #[test]
-fn a_service_keeps_its_ports_and_its_locality() {
+fn a_service_keeps_its_ports_and_which_endpoints_it_takes() {
     let mut message = service("web", [10, 96, 0, 1]);
     message.ports.push(workload::Port { service_port: 443, target_port: 0 });
-    message.load_balancing = Some(workload::LoadBalancing { routing_preference: vec![4], mode: 1, health_policy: 0 });
+    message.load_balancing = Some(workload::LoadBalancing { routing_preference: vec![4], mode: 1, health_policy: 1 });
     let Ok(Decoded::Service(decoded)) = decode_address(&service_resource(message)) else { panic!("a legal service") };
-    assert!(decoded.node_local);
+    assert!(decoded.node_local && decoded.unready_too);
     assert_eq!(decoded.ports[1], PortMapping { service_port: 443, target_port: 443 });
     let Ok(Decoded::Service(decoded)) = decode_address(&service_resource(service("web", [10, 96, 0, 1]))) else {
         panic!("a legal service")
     };
-    assert!(!decoded.node_local);
+    assert!(!decoded.node_local && !decoded.unready_too);
 }
 
 #[test]
@@ -114,6 +114,9 @@ fn each_bad_field_of_a_service_is_named() {
     check("ports[0].target_port", &|service| service.ports[0].target_port = 70000);
     check("load_balancing.mode", &|service| {
         service.load_balancing = Some(workload::LoadBalancing { mode: 9, ..workload::LoadBalancing::default() });
+    });
+    check("load_balancing.health_policy", &|service| {
+        service.load_balancing = Some(workload::LoadBalancing { health_policy: 2, ..workload::LoadBalancing::default() });
     });
 }
 

@@ -40,6 +40,7 @@ pub(crate) fn web() -> Service {
         addresses: vec!["10.96.0.1".parse().unwrap()],
         ports: vec![PortMapping { service_port: 80, target_port: 8080 }],
         node_local: false,
+        unready_too: false,
     }
 }
 

@@ -106,6 +106,7 @@ fn service(snapshot: &Snapshot, key: &str, service: &Service) -> Value {
         "addresses": service.addresses,
         "ports": ports(&service.ports),
         "node_local": service.node_local,
+        "unready_too": service.unready_too,
         "ready_endpoints": ready.unwrap_or_default(),
         "endpoints": snapshot.endpoints(key).map_or(0, |endpoints| endpoints.total),
     })

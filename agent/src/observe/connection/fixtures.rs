@@ -37,6 +37,7 @@ pub(crate) fn service() -> Service {
         addresses: vec!["10.96.0.7".parse().expect("an address")],
         ports: vec![PortMapping { service_port: 80, target_port: 8080 }],
         node_local: false,
+        unready_too: false,
     }
 }
 

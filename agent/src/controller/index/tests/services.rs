@@ -1,6 +1,9 @@
+use prost::Message;
+
 use super::{World, pod, pod_with};
+use crate::controller::index::ResourceKind;
 use crate::controller::source::Kind;
-use crate::proto::workload::load_balancing;
+use crate::proto::workload::{Address, NetworkMode, TunnelProtocol, WorkloadStatus, address, load_balancing};
 
 fn service(spec: &str) -> String {
     format!("---\napiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: shop}}\nspec: {{{spec}}}\n")
@@ -45,6 +48,15 @@ fn local_traffic_policy_means_endpoints_of_the_clients_node_only() {
     let balancing = service.load_balancing.unwrap();
     assert_eq!(balancing.mode(), load_balancing::Mode::Strict);
     assert_eq!(balancing.routing_preference, [i32::from(load_balancing::Scope::Node)]);
+}
+
+#[test]
+fn unready_endpoints_count_where_the_service_publishes_them() {
+    let balancing = |spec: &str| World::new(&service(spec)).find_service("web").unwrap().load_balancing;
+    let published = balancing("clusterIP: 10.96.0.1, publishNotReadyAddresses: true").unwrap();
+    assert_eq!(published.health_policy(), load_balancing::HealthPolicy::AllowAll);
+    assert_eq!((published.mode(), published.routing_preference), (load_balancing::Mode::UnspecifiedMode, Vec::new()));
+    assert_eq!(balancing("clusterIP: 10.96.0.1, publishNotReadyAddresses: false"), None);
 }
 
 #[test]
@@ -131,4 +143,42 @@ fn a_slice_without_ports_leaves_them_to_the_service() {
 fn one_port_on_each_side_needs_no_common_name() {
     let world = World::new(&(service(HTTP) + &pod("web", "10.1.0.2") + &slice("s", "{port: 7070}", "{addresses: [10.1.0.2]}")));
     assert_eq!(world.ports("web", "web"), Some(vec![(80, 7070)]));
+}
+
+#[test]
+fn an_endpoint_that_is_no_pod_is_a_workload_without_tunnels_until_a_pod_has_its_address() {
+    let key = (ResourceKind::Address, "Kubernetes//EndpointSlice/shop/web/10.1.0.9".to_owned());
+    let found = |world: &World| {
+        let address = Address::decode(world.resources.get(&key)?.as_slice()).unwrap();
+        match address.r#type.unwrap() {
+            address::Type::Workload(workload) => Some(workload),
+            address::Type::Service(_) => panic!("a workload"),
+        }
+    };
+    let slice = |ready: bool| {
+        slice("s", "{name: http, port: 6443}", &format!("{{addresses: [10.1.0.9], conditions: {{ready: {ready}}}}}"))
+    };
+    let mut world = World::new(&slice(true));
+    assert!(found(&world).is_none(), "a slice without its service");
+    world.apply(&service(HTTP));
+    let workload = found(&world).unwrap();
+    assert_eq!(workload.tunnel_protocol(), TunnelProtocol::None);
+    assert_eq!(workload.network_mode(), NetworkMode::HostNetwork);
+    assert_eq!((workload.addresses[0].len(), workload.status()), (4, WorkloadStatus::Healthy));
+    let ports = &workload.services["shop/web.shop.svc.cluster.local"].ports;
+    assert_eq!(ports.iter().map(|port| (port.service_port, port.target_port)).collect::<Vec<_>>(), [(80, 6443)]);
+    world.apply(&slice(false));
+    assert_eq!(found(&world).unwrap().status(), WorkloadStatus::Unhealthy);
+    world.apply(&pod("late", "10.1.0.9"));
+    assert!(found(&world).is_none());
+    assert_eq!(world.ports("late", "web"), Some(vec![(80, 6443)]));
+    world.remove(Kind::Pod, "shop", "late");
+    assert!(found(&world).is_some());
+    // An address of a pod that is not known yet is a pod's all the same.
+    world.apply("---\napiVersion: v1\nkind: Node\nmetadata: {name: n}\nspec: {podCIDR: 10.1.0.0/24, podCIDRs: [10.1.0.0/24]}\n");
+    assert!(found(&world).is_none());
+    world.remove(Kind::Node, "", "n");
+    assert!(found(&world).is_some());
+    world.remove(Kind::EndpointSlice, "shop", "s");
+    assert!(found(&world).is_none());
 }
