@@ -281,19 +281,34 @@ pub fn remove(bpf_dir: &Path, node: &str) -> Result<(), CaptureError> {
         }
         attempt(&layout, fs::remove_dir_all(&layout));
     }
-    attempt(&found, fs::remove_dir(&found));
+    attempt(&found, remove_directory(&found));
+    // Agents of other nodes on this kernel may still have theirs.
+    if let Some(parent) = found.parent()
+        && parent.file_name() == bpf_dir.file_name()
+    {
+        let _not_empty = fs::remove_dir(parent);
+    }
     for mount in mounts::read(Path::new(mounts::OWN)).unwrap_or_default() {
         if mount.netns_inode().is_some()
             && let Ok(Some(netns)) = Netns::open(&mount.point)
         {
-            attempt(&mount.point, netns.enter(|| routing::undo_here(&[])));
+            attempt(&mount.point, netns.enter(routing::leave_here));
         }
     }
     if failures.is_empty() { Ok(()) } else { Err(CaptureError::Remove { failures }) }
 }
 
 fn remove_pin(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
+    unless_missing(fs::remove_file(path))
+}
+
+fn remove_directory(path: &Path) -> io::Result<()> {
+    unless_missing(fs::remove_dir(path))
+}
+
+/// What is not there need not be removed.
+fn unless_missing(result: io::Result<()>) -> io::Result<()> {
+    match result {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,
     }

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::net::IpAddr;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL};
@@ -15,8 +16,8 @@ use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::Socket;
 
-use super::netlink;
 use super::netns::{DELIVERY_MARK, DELIVERY_TABLE, Netns};
+use super::{cgroup, netlink};
 
 /// The application's socket takes over the mark of the agent's connection; and so does the reset that refuses one where nothing
 /// listens, which has no socket.
@@ -67,7 +68,7 @@ impl Routing {
         for sysctl in SYSCTLS {
             match std::fs::read(sysctl) {
                 Ok(value) if value.first() == Some(&b'0') => {
-                    std::fs::write(sysctl, "1")?;
+                    write_sysctl(sysctl, "1")?;
                     state.sysctls_set.push(sysctl);
                 }
                 // A kernel without IPv6 has no such file.
@@ -113,9 +114,39 @@ pub(super) fn undo_here(sysctls: &[&str]) -> io::Result<()> {
         result = result.and(change(&socket, RouteNetlinkMessage::DelRoute(route(family)), 0));
     }
     for sysctl in sysctls {
-        result = result.and(std::fs::write(sysctl, "0"));
+        // A kernel without IPv6 has no such file.
+        result = result.and(match write_sysctl(sysctl, "0") {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            written => written,
+        });
     }
     result
+}
+
+/// Takes out of the calling thread's namespace whatever an agent set up there, of which nobody is left to say what was before: where the
+/// rule is found the sysctls go back to the kernel's own default.
+///
+/// # Errors
+/// The first step that failed; the others are done all the same.
+pub(super) fn leave_here() -> io::Result<()> {
+    let socket = netlink::open(netlink_sys::protocols::NETLINK_ROUTE)?;
+    let removals = [AddressFamily::Inet, AddressFamily::Inet6].map(|family| {
+        let removal = netlink::encode(RouteNetlinkMessage::DelRule(rule(family)), NLM_F_ACK);
+        netlink::exchange(&socket, &removal, |_, _| ()).is_ok()
+    });
+    drop(socket);
+    undo_here(if removals.contains(&true) { &SYSCTLS } else { &[] })
+}
+
+/// Writes a sysctl of the calling thread's namespace. A container that is not privileged has its own `/proc/sys` read-only; the first
+/// process's is another mount of the same files, and which namespace they are of is decided by who opens them.
+fn write_sysctl(path: &str, value: &str) -> io::Result<()> {
+    match std::fs::write(path, value) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            std::fs::write(cgroup::in_init(Path::new(path)), value)
+        }
+        result => result,
+    }
 }
 
 /// Applies one change; that it is applied already is no error.
