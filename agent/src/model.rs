@@ -6,6 +6,7 @@
 pub mod address;
 pub mod authorization;
 pub mod close_reason;
+pub mod enrolment;
 pub mod flow;
 pub mod mode;
 pub mod snapshot;
@@ -15,6 +16,7 @@ pub mod workload;
 pub use address::{OriginalDst, PeerAddr, PodIp};
 pub use authorization::{Action, Authorization, Clause, IpBlock, Match, Rule, Scope, ServiceAccountMatch, StringMatch};
 pub use close_reason::CloseReason;
+pub use enrolment::enrolment;
 pub use flow::{Flow, Verdict};
 pub use mode::{Mode, PeerAuthentication};
 pub use snapshot::{Destination, Snapshot};

@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use k8s_openapi::jiff::Timestamp;
 
+pub(super) use crate::model::enrolment;
 use crate::proto::workload::WorkloadType;
 
 /// A pod, reduced to what the mesh needs.
@@ -62,20 +63,6 @@ impl PodRecord {
     pub(super) fn label(&self, keys: &[&str]) -> Option<&str> {
         keys.iter().find_map(|key| self.labels.get(*key)).map(String::as_str)
     }
-}
-
-/// What labels say of enrolment: Culvert's own before Istio's. A value that neither knows says nothing.
-pub(super) fn enrolment(labels: &BTreeMap<String, String>) -> Option<bool> {
-    let own = match labels.get("culvert.dev/mesh").map(String::as_str) {
-        Some("enabled") => Some(true),
-        Some("disabled") => Some(false),
-        _ => None,
-    };
-    own.or_else(|| match labels.get("istio.io/dataplane-mode").map(String::as_str) {
-        Some("ambient") => Some(true),
-        Some("none") => Some(false),
-        _ => None,
-    })
 }
 
 /// The ranges of a node's pods.
