@@ -2,6 +2,7 @@
 
 mod bench;
 mod check;
+mod image;
 mod launch;
 mod run;
 mod setup;
@@ -36,6 +37,8 @@ enum Verb {
     },
     /// Format, lints, documentation, dependency licences and the project's own rules.
     Check,
+    /// Makes the container image, the same bits each time, without Docker.
+    Image(image::ImageArgs),
     /// Runs the tests: all of them, or one suite.
     Test {
         /// Which suite.
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Verb::Setup { build_only } => setup::ensure(if build_only { setup::Scope::Build } else { setup::Scope::Test }),
         Verb::Build { release } => launch::build(release).map(drop),
         Verb::Check => check::all(),
+        Verb::Image(args) => image::make(&args),
         Verb::Test { suite, filter } => test::run(suite, filter.as_deref()),
         Verb::Demo { keep, remove } => launch::demo(keep, remove),
         Verb::Bench(arguments) => bench::bench(&arguments),
