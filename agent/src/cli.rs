@@ -3,7 +3,10 @@
 //! Enters: arguments. Leaves: a running role, or a command's output, and an error for `main` to print.
 
 pub mod agent;
+mod cluster;
 pub mod controller;
+pub mod install;
+pub mod uninstall;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -26,6 +29,10 @@ enum Command {
     Agent(Box<agent::AgentArgs>),
     /// Runs the control plane: certificate authority and configuration server.
     Controller(controller::ControllerArgs),
+    /// Puts Culvert on a Kubernetes cluster, or brings it up to date there.
+    Install(install::InstallArgs),
+    /// Takes Culvert off a Kubernetes cluster: nothing is left on its nodes or in its API.
+    Uninstall(uninstall::UninstallArgs),
 }
 
 /// Does what the arguments say. Wrong arguments end with their own message and exit code 2, help and version with 0.
@@ -43,6 +50,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<Exit
     match cli.command {
         Command::Agent(args) => agent::run(*args)?,
         Command::Controller(args) => runtime(None)?.block_on(controller::run(args))?,
+        Command::Install(args) => runtime(None)?.block_on(install::run(&args))?,
+        Command::Uninstall(args) => return runtime(None)?.block_on(uninstall::run(&args)),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -8,6 +8,7 @@ pub mod discovery;
 pub mod drain;
 pub mod identity;
 pub mod inbound;
+pub mod installation;
 pub mod model;
 pub mod node;
 pub mod observe;

@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::run::{cargo, run, succeeds};
 use crate::setup::{self, Scope};
-use crate::tidy;
+use crate::{generated, tidy};
 
 const CARGO_DENY: &str = "0.19.0";
 
@@ -17,6 +17,7 @@ pub(crate) fn all() -> Result<()> {
     run(cargo().args(["fmt", "--all", "--check"]))?;
     run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"]))?;
     run(cargo().args(["doc", "--workspace", "--no-deps", "--document-private-items"]).env("RUSTDOCFLAGS", "--deny warnings"))?;
+    generated::check()?;
     if !succeeds(Command::new("cargo").args(["deny", "--version"])) {
         run(cargo().args(["install", "cargo-deny", "--version", CARGO_DENY, "--locked"]))?;
     }

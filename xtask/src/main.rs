@@ -2,6 +2,7 @@
 
 mod bench;
 mod check;
+mod generated;
 mod image;
 mod launch;
 mod run;
@@ -39,6 +40,8 @@ enum Verb {
     Check,
     /// Makes the container image, the same bits each time, without Docker.
     Image(image::ImageArgs),
+    /// Writes the files that are made from others: the plain manifests.
+    Gen,
     /// Runs the tests: all of them, or one suite.
     Test {
         /// Which suite.
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Verb::Build { release } => launch::build(release).map(drop),
         Verb::Check => check::all(),
         Verb::Image(args) => image::make(&args),
+        Verb::Gen => generated::write(),
         Verb::Test { suite, filter } => test::run(suite, filter.as_deref()),
         Verb::Demo { keep, remove } => launch::demo(keep, remove),
         Verb::Bench(arguments) => bench::bench(&arguments),

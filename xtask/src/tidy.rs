@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::run::root;
 
 /// Which modules of the agent each module may name, beside itself. Pure modules first; composition roots may name all.
-const ARROWS: [(&str, &[&str]); 16] = [
+const ARROWS: [(&str, &[&str]); 18] = [
     ("model", &[]),
     ("proto", &[]),
     ("policy", &["model"]),
@@ -23,17 +23,19 @@ const ARROWS: [(&str, &[&str]); 16] = [
     ("observe", &["model", "policy"]),
     ("serve", &["capture", "drain", "relay"]),
     ("config", &["observe", "tunnel"]),
+    ("installation", &["config", "model"]),
     ("controller", &["model", "policy", "proto"]),
     ("outbound", &["capture", "deliver", "discovery", "drain", "identity", "model", "observe", "relay", "serve", "tunnel"]),
     ("inbound", &["capture", "deliver", "drain", "identity", "model", "observe", "policy", "relay", "serve", "tunnel"]),
 ];
 
 /// Which modules of the agent may name a big dependency.
-const HOMES: [(&str, &[&str]); 4] = [
+const HOMES: [(&str, &[&str]); 5] = [
     ("aya::", &["capture"]),
     ("culvert_ebpf_common", &["capture"]),
     ("rustls::", &["tunnel", "identity", "discovery", "controller", "inbound"]),
-    ("k8s_openapi::", &["controller", "policy"]),
+    ("k8s_openapi::", &["controller", "installation", "policy"]),
+    ("kube::", &["installation"]),
 ];
 
 const LONGEST_FILE: usize = 500;
