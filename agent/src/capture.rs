@@ -20,6 +20,7 @@ mod mounts;
 mod netlink;
 pub mod netns;
 pub mod pod;
+pub mod probe;
 mod readiness;
 mod routing;
 

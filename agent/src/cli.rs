@@ -3,6 +3,7 @@
 //! Enters: arguments. Leaves: a running role, or a command's output, and an error for `main` to print.
 
 pub mod agent;
+pub mod check;
 mod cluster;
 pub mod controller;
 pub mod install;
@@ -31,6 +32,8 @@ enum Command {
     Controller(controller::ControllerArgs),
     /// Puts Culvert on a Kubernetes cluster, or brings it up to date there.
     Install(install::InstallArgs),
+    /// Tells what is wrong with a cluster, or with this machine as a node, and what mends it.
+    Check(check::CheckArgs),
     /// Takes Culvert off a Kubernetes cluster: nothing is left on its nodes or in its API.
     Uninstall(uninstall::UninstallArgs),
 }
@@ -51,6 +54,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<Exit
         Command::Agent(args) => agent::run(*args)?,
         Command::Controller(args) => runtime(None)?.block_on(controller::run(args))?,
         Command::Install(args) => runtime(None)?.block_on(install::run(&args))?,
+        Command::Check(args) => return runtime(None)?.block_on(check::run(args)),
         Command::Uninstall(args) => return runtime(None)?.block_on(uninstall::run(&args)),
     }
     Ok(ExitCode::SUCCESS)

@@ -4,6 +4,7 @@ pub mod cli;
 pub mod config;
 pub mod controller;
 pub mod deliver;
+pub mod diagnosis;
 pub mod discovery;
 pub mod drain;
 pub mod identity;

@@ -24,6 +24,7 @@ const ARROWS: [(&str, &[&str]); 18] = [
     ("serve", &["capture", "drain", "relay"]),
     ("config", &["observe", "tunnel"]),
     ("installation", &["config", "model"]),
+    ("diagnosis", &["capture", "config", "installation", "model", "policy"]),
     ("controller", &["model", "policy", "proto"]),
     ("outbound", &["capture", "deliver", "discovery", "drain", "identity", "model", "observe", "relay", "serve", "tunnel"]),
     ("inbound", &["capture", "deliver", "drain", "identity", "model", "observe", "policy", "relay", "serve", "tunnel"]),

@@ -72,6 +72,11 @@ impl CgroupRoot {
         Ok(Self { directory, path })
     }
 
+    /// Where it was found.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Moves this process to the cgroup `name` right below the root, which is made if need be.
     pub(super) fn adopt_self(&self, name: &str) -> Result<(), CgroupError> {
         let path = self.path.join(name);
