@@ -18,8 +18,8 @@ fn has(metrics: &Metrics, line: &str) {
     assert!(page.lines().any(|found| found == line), "no `{line}` in\n{page}");
 }
 
-#[test]
-fn every_metric_has_the_name_that_is_documented() {
+/// One series of each metric at least.
+fn filled() -> Metrics {
     let metrics = Metrics::new("node-a");
     let identity: SpiffeId = "spiffe://cluster.local/ns/shop/sa/cart".parse().expect("an identity");
     metrics.read_capture_outcomes_from(Box::new(|| vec![("captured", 3), ("passed_outside", 4)]));
@@ -35,6 +35,12 @@ fn every_metric_has_the_name_that_is_documented() {
     metrics.set_xds_connected(true);
     metrics.set_enrolled_pods(12);
     metrics.plaintext_refused();
+    metrics
+}
+
+#[test]
+fn every_metric_has_the_name_that_is_documented() {
+    let metrics = filled();
     let _tunnel = metrics.tunnel(Side::Server);
     for line in [
         concat!(r#"culvert_build_info{version=""#, env!("CARGO_PKG_VERSION"), r#"",node="node-a"} 1"#),
@@ -110,4 +116,30 @@ fn a_policy_name_can_not_break_the_page() {
     let metrics = Metrics::new("node-a");
     metrics.policy_verdict(Some("shop/\"} 1\nfake 2"), "deny", false);
     has(&metrics, r#"culvert_policy_verdicts_total{policy="shop/\"} 1\nfake 2",verdict="deny",dry_run="false"} 1"#);
+}
+
+/// The names of the metrics that a query asks for.
+fn metrics_of(query: &str) -> impl Iterator<Item = &str> {
+    let words = query.split(|letter: char| !(letter.is_ascii_alphanumeric() || letter == '_'));
+    words.filter(|word| word.starts_with("culvert_") || word.starts_with("istio_"))
+}
+
+#[test]
+fn every_metric_that_the_dashboard_shows_exists() {
+    let page = page(&filled());
+    let families: Vec<&str> = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+    let dashboard = include_str!("../../../../deploy/dashboards/culvert.json");
+    let dashboard: serde_json::Value = serde_json::from_str(dashboard).expect("JSON");
+    let panels = dashboard["panels"].as_array().expect("panels");
+    let targets = panels.iter().filter_map(|panel| panel["targets"].as_array()).flatten();
+    let mut shown = std::collections::BTreeSet::new();
+    for query in targets.map(|target| target["expr"].as_str().expect("a query")) {
+        for name in metrics_of(query) {
+            let family = ["_total", "_info", "_bucket"].iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap_or(name);
+            assert!(families.contains(&family), "{name} in `{query}` is none of {families:?}");
+            shown.insert(family);
+        }
+    }
+    let hidden: Vec<_> = families.iter().filter(|family| !shown.contains(**family)).collect();
+    assert!(hidden.is_empty(), "the dashboard does not show {hidden:?}");
 }
