@@ -3,6 +3,7 @@
 //! Enters: arguments. Leaves: a running role, or a command's output, and an error for `main` to print.
 
 pub mod agent;
+pub mod ca;
 pub mod controller;
 
 use std::ffi::OsString;
@@ -25,7 +26,9 @@ enum Command {
     /// Runs the node's agent: captures the connections of enrolled pods and carries them through mutual TLS.
     Agent(Box<agent::AgentArgs>),
     /// Runs the control plane: certificate authority and configuration server.
-    Controller(controller::ControllerArgs),
+    Controller(Box<controller::ControllerArgs>),
+    /// Operates the mesh's certificate authority on Kubernetes.
+    Ca(ca::CaArgs),
 }
 
 /// Does what the arguments say. Wrong arguments end with their own message and exit code 2, help and version with 0.
@@ -42,7 +45,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<Exit
     };
     match cli.command {
         Command::Agent(args) => agent::run(*args)?,
-        Command::Controller(args) => runtime(None)?.block_on(controller::run(args))?,
+        Command::Controller(args) => runtime(None)?.block_on(controller::run(*args))?,
+        Command::Ca(args) => runtime(Some(1))?.block_on(ca::run(args))?,
     }
     Ok(ExitCode::SUCCESS)
 }
