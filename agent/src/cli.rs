@@ -3,6 +3,7 @@
 //! Enters: arguments. Leaves: a running role, or a command's output, and an error for `main` to print.
 
 pub mod agent;
+pub mod ca;
 pub mod check;
 mod cluster;
 pub mod controller;
@@ -29,13 +30,15 @@ enum Command {
     /// Runs the node's agent: captures the connections of enrolled pods and carries them through mutual TLS.
     Agent(Box<agent::AgentArgs>),
     /// Runs the control plane: certificate authority and configuration server.
-    Controller(controller::ControllerArgs),
+    Controller(Box<controller::ControllerArgs>),
     /// Puts Culvert on a Kubernetes cluster, or brings it up to date there.
     Install(install::InstallArgs),
     /// Tells what is wrong with a cluster, or with this machine as a node, and what mends it.
     Check(check::CheckArgs),
     /// Takes Culvert off a Kubernetes cluster: nothing is left on its nodes or in its API.
     Uninstall(uninstall::UninstallArgs),
+    /// Operates the mesh's certificate authority on Kubernetes.
+    Ca(ca::CaArgs),
 }
 
 /// Does what the arguments say. Wrong arguments end with their own message and exit code 2, help and version with 0.
@@ -52,10 +55,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<Exit
     };
     match cli.command {
         Command::Agent(args) => agent::run(*args)?,
-        Command::Controller(args) => runtime(None)?.block_on(controller::run(args))?,
+        Command::Controller(args) => runtime(None)?.block_on(controller::run(*args))?,
         Command::Install(args) => runtime(None)?.block_on(install::run(&args))?,
         Command::Check(args) => return runtime(None)?.block_on(check::run(args)),
         Command::Uninstall(args) => return runtime(None)?.block_on(uninstall::run(&args)),
+        Command::Ca(args) => runtime(Some(1))?.block_on(ca::run(args))?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -9,7 +9,6 @@
 //!                     └-> svid (checked) -> store -> current, changes, bundle
 //! ```
 
-pub mod backoff;
 pub mod bundle;
 pub mod channel;
 pub mod clock;

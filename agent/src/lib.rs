@@ -1,4 +1,5 @@
 //! Culvert: mutual TLS for every pod of a node, without a sidecar.
+pub mod backoff;
 pub mod capture;
 pub mod cli;
 pub mod config;

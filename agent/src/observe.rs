@@ -10,6 +10,7 @@
 pub mod access_log;
 pub mod admin;
 pub mod connection;
+pub mod control_plane;
 pub mod http;
 mod labels;
 pub mod log;
@@ -19,6 +20,7 @@ mod traffic;
 
 pub use admin::AdminSources;
 pub use connection::{ByteCounts, ConnectionInfo, Direction, Observer, OpenConnection, Security};
+pub use control_plane::ControllerMetrics;
 pub use log::{LogFormat, LogGuard};
 pub use metrics::{Metrics, Side};
 pub use readiness::{Condition, Readiness};

@@ -10,10 +10,18 @@ use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::agent::log_format;
-use crate::config::{parse_duration, parse_listen};
-use crate::controller::{self, ControllerConfig};
+use super::ca::SYSTEM_NAMESPACE;
+use crate::config::{METRICS_LISTEN, READY_LISTEN, parse_duration, parse_listen};
+use crate::controller::on_kubernetes::KubernetesConfig;
+use crate::controller::{self, ControllerConfig, SourceConfig};
 use crate::model::TrustDomain;
 use crate::observe::log::{self, LogFormat};
+
+/// Namespaces that are never in the mesh by default: what a cluster itself runs on must not wait for it.
+const EXCLUDED_NAMESPACES: [&str; 3] = ["kube-system", "kube-public", "kube-node-lease"];
+
+/// The arguments that `--kubernetes`, and what belongs to it, excludes.
+const DIRECTORIES: [&str; 2] = ["manifests", "state_dir"];
 
 /// The arguments of `culvert controller`.
 #[derive(Clone, Debug, clap::Args)]
@@ -21,12 +29,19 @@ use crate::observe::log::{self, LogFormat};
                         info,culvert::controller=debug [default: info].")]
 pub struct ControllerArgs {
     /// Directory of manifests to read and follow. May appear later; the controller waits for it.
-    #[arg(long, value_name = "DIR")]
-    manifests: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "kubernetes", conflicts_with = "kubernetes")]
+    manifests: Option<PathBuf>,
 
     /// Where the root certificate (root-cert.pem), its key, and a token for each node (tokens/NODE) are kept.
-    #[arg(long, value_name = "DIR")]
-    state_dir: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "kubernetes", conflicts_with = "kubernetes")]
+    state_dir: Option<PathBuf>,
+
+    /// Read and follow the objects of a Kubernetes API server. Several controllers may do so at once.
+    #[arg(long)]
+    kubernetes: bool,
+
+    #[command(flatten)]
+    cluster: ClusterArgs,
 
     /// Where agents are served: certificates and configuration.
     #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:15012", value_parser = parse_listen)]
@@ -57,11 +72,55 @@ pub struct ControllerArgs {
     log_format: LogFormat,
 }
 
+/// The arguments that belong to `--kubernetes`.
+#[derive(Clone, Debug, clap::Args)]
+struct ClusterArgs {
+    /// File that names the API server, by its current context [default: the cluster that the controller runs in].
+    #[arg(long, value_name = "FILE", conflicts_with_all = DIRECTORIES)]
+    kubeconfig: Option<PathBuf>,
+
+    /// The namespace of the controller, the agents and their Secrets.
+    #[arg(long, value_name = "NAME", default_value = SYSTEM_NAMESPACE, conflicts_with_all = DIRECTORIES)]
+    namespace: String,
+
+    /// The Service that agents know the controller by.
+    #[arg(long, value_name = "NAME", default_value = "culvert-controller", conflicts_with_all = DIRECTORIES)]
+    service: String,
+
+    /// A namespace whose pods are never in the mesh, whatever labels say; may be given again. The controller's own is another.
+    #[arg(long = "exclude-namespace", value_name = "NAME", default_values = EXCLUDED_NAMESPACES, conflicts_with_all = DIRECTORIES)]
+    excluded_namespaces: Vec<String>,
+
+    /// Where metrics are served.
+    #[arg(long, value_name = "ADDR", default_value_t = METRICS_LISTEN, value_parser = parse_listen, conflicts_with_all = DIRECTORIES)]
+    metrics_listen: SocketAddr,
+
+    /// Where readiness is served.
+    #[arg(long, value_name = "ADDR", default_value_t = READY_LISTEN, value_parser = parse_listen, conflicts_with_all = DIRECTORIES)]
+    ready_listen: SocketAddr,
+}
+
+impl From<ClusterArgs> for KubernetesConfig {
+    fn from(args: ClusterArgs) -> Self {
+        Self {
+            kubeconfig: args.kubeconfig,
+            namespace: args.namespace,
+            service: args.service,
+            excluded_namespaces: args.excluded_namespaces,
+            metrics_listen: args.metrics_listen,
+            ready_listen: args.ready_listen,
+        }
+    }
+}
+
 impl From<ControllerArgs> for ControllerConfig {
     fn from(args: ControllerArgs) -> Self {
+        let source = match (args.manifests, args.state_dir) {
+            (Some(manifests), Some(state_dir)) => SourceConfig::Manifests { manifests, state_dir },
+            _ => SourceConfig::Kubernetes(args.cluster.into()),
+        };
         Self {
-            manifests: args.manifests,
-            state_dir: args.state_dir,
+            source,
             listen: args.listen,
             trust_domain: args.trust_domain,
             cert_ttl: args.cert_ttl,
@@ -88,4 +147,46 @@ pub async fn run(args: ControllerArgs) -> anyhow::Result<()> {
         }
     };
     controller::run(args.into(), shutdown).await
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        controller: ControllerArgs,
+    }
+
+    fn source(arguments: &[&str]) -> Result<SourceConfig, clap::Error> {
+        let line = Line::try_parse_from(["culvert"].iter().chain(arguments))?;
+        Ok(ControllerConfig::from(line.controller).source)
+    }
+
+    #[test]
+    fn manifests_and_kubernetes_exclude_each_other_and_one_is_needed() {
+        let check = |arguments: &[&str], legal: bool| assert_eq!(source(arguments).is_ok(), legal, "{arguments:?}");
+        check(&["--manifests", "a", "--state-dir", "b"], true);
+        check(&["--kubernetes"], true);
+        check(&["--kubernetes", "--kubeconfig", "f", "--namespace", "n", "--metrics-listen", ":1"], true);
+        check(&[], false);
+        check(&["--manifests", "a"], false);
+        check(&["--kubernetes", "--manifests", "a", "--state-dir", "b"], false);
+        check(&["--kubernetes", "--state-dir", "b"], false);
+        check(&["--manifests", "a", "--state-dir", "b", "--kubeconfig", "f"], false);
+        check(&["--manifests", "a", "--state-dir", "b", "--metrics-listen", ":1"], false);
+    }
+
+    #[test]
+    fn the_cluster_s_own_namespaces_are_excluded_by_default() {
+        let excluded = |arguments: &[&str]| match source(arguments) {
+            Ok(SourceConfig::Kubernetes(config)) => config.excluded_namespaces,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(excluded(&["--kubernetes"]), EXCLUDED_NAMESPACES);
+        assert_eq!(excluded(&["--kubernetes", "--exclude-namespace", "a", "--exclude-namespace", "b"]), ["a", "b"]);
+    }
 }

@@ -1,28 +1,36 @@
-//! The certificate authority: one self-made root, and the short-lived certificates that it signs.
+//! The certificate authority: the key in force, the roots to trust, and the short-lived certificates that are signed.
 //!
-//! Enters: the state directory, certificate requests whose identity was already authorised, and the time. Leaves: certificate
-//! chains, leaf first and root last. Of a request only the public key and the proof that the asker holds its private half are
-//! used; everything else in the certificate is decided here. The root's key never leaves this module and its file, and a damaged
-//! pair is reported, never replaced: a new root would cut every workload off that trusts the old one.
+//! Enters: a [`Material`], certificate requests whose identity was already authorised, and the time. Leaves: certificate chains,
+//! leaf first and root last. Of a request only the public key and the proof that the asker holds its private half are used;
+//! everything else in the certificate is decided here. The key never leaves this module and where it is kept, and a damaged pair
+//! is reported, never replaced: a new root would cut every workload off that trusts the old one.
 
+pub mod material;
 mod root;
+#[cfg(test)]
+pub(in crate::controller) mod tests;
 
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use arc_swap::ArcSwap;
 use aws_lc_rs::digest;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use rcgen::{
-    CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData,
-    SanType, SerialNumber, SubjectPublicKeyInfo,
+    CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
+    SerialNumber, SubjectPublicKeyInfo,
 };
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivatePkcs8KeyDer};
 use time::OffsetDateTime;
+use tokio::sync::watch;
 use x509_parser::certification_request::X509CertificationRequest;
 use x509_parser::prelude::FromDer;
 
+pub use material::{Material, MaterialError};
 pub use root::RootError;
 
 use crate::model::SpiffeId;
@@ -32,13 +40,18 @@ const BACKDATE: Duration = Duration::from_secs(30);
 /// The largest certificate request taken, in bytes of PEM.
 const MAX_REQUEST: usize = 16 * 1024;
 
-/// Signs certificates under the mesh's root.
+/// Signs certificates under the mesh's root. Which key does so can change while it runs.
 pub struct Authority {
-    issuer: Issuer<'static, KeyPair>,
-    root: CertificateDer<'static>,
-    root_pem: Arc<str>,
-    root_expires: OffsetDateTime,
+    signer: ArcSwap<Signer>,
+    roots: watch::Sender<Arc<[CertificateDer<'static>]>>,
     longest: Duration,
+}
+
+/// What is signed with at present.
+struct Signer {
+    material: Material,
+    /// PEM texts of the material's chain, the root last.
+    chain: Vec<String>,
 }
 
 /// A signed chain and when it ends.
@@ -79,25 +92,71 @@ pub enum SignError {
 }
 
 impl Authority {
+    /// An authority that signs with `material`. Certificates live at most `longest`.
+    #[must_use]
+    pub fn new(material: Material, longest: Duration) -> Self {
+        let roots = watch::Sender::new(material.roots.clone().into());
+        Self { signer: ArcSwap::from_pointee(Signer::new(material)), roots, longest }
+    }
+
     /// Opens the root in `state_dir`, or makes one if there is none at all. Certificates live at most `longest`.
     ///
     /// # Errors
     /// [`RootError`] when the pair is incomplete, damaged, mismatched or expired, or a file cannot be read or written.
     pub fn open(state_dir: &Path, trust_domain: &str, longest: Duration, now: SystemTime) -> Result<Self, RootError> {
-        let root = root::open_or_create(state_dir, trust_domain, now.into())?;
-        Ok(Self { issuer: root.issuer, root: root.der, root_pem: root.pem.into(), root_expires: root.expires, longest })
+        Ok(Self::new(root::open_or_create(state_dir, trust_domain, now.into())?, longest))
     }
 
-    /// The root certificate.
+    /// Signs with `material` from now on.
+    pub fn sign_with(&self, material: Material) {
+        self.signer.store(Arc::new(Signer::new(material)));
+    }
+
+    /// Has these roots trusted from now on. They are told to whoever follows [`Authority::roots`].
+    pub fn trust(&self, roots: Vec<CertificateDer<'static>>) {
+        self.roots.send_if_modified(|current| {
+            let changed = **current != *roots;
+            if changed {
+                *current = roots.into();
+            }
+            changed
+        });
+    }
+
+    /// The roots to trust, and their changes.
     #[must_use]
-    pub fn root(&self) -> &CertificateDer<'static> {
-        &self.root
+    pub fn roots(&self) -> watch::Receiver<Arc<[CertificateDer<'static>]>> {
+        self.roots.subscribe()
     }
 
-    /// SHA-256 of the root certificate, in hexadecimal.
+    /// The certificate that signs: another one after [`Authority::sign_with`].
+    #[must_use]
+    pub fn issuer(&self) -> CertificateDer<'static> {
+        self.signer.load().material.issuer().clone()
+    }
+
+    /// The root in force.
+    #[must_use]
+    pub fn anchor(&self) -> CertificateDer<'static> {
+        self.signer.load().material.root.clone()
+    }
+
+    /// SHA-256 of the root certificate in force, in hexadecimal.
     #[must_use]
     pub fn fingerprint(&self) -> String {
-        digest::digest(&digest::SHA256, &self.root).as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+        fingerprint(&self.signer.load().material.root)
+    }
+
+    /// The longest life of a certificate.
+    #[must_use]
+    pub fn longest(&self) -> Duration {
+        self.longest
+    }
+
+    /// When the chain that is signed with ends.
+    #[must_use]
+    pub fn expires(&self) -> SystemTime {
+        self.signer.load().material.expires.into()
     }
 
     /// Signs a workload's certificate for `identity`, which the caller has authorised. `asked` is the wanted lifetime; none, and
@@ -145,13 +204,15 @@ impl Authority {
         now: SystemTime,
     ) -> Result<Chain, SignError> {
         let begin = OffsetDateTime::from(now);
-        if begin >= self.root_expires {
-            return Err(SignError::RootExpired(self.root_expires));
+        let signer = self.signer.load();
+        let end = signer.material.expires;
+        if begin >= end {
+            return Err(SignError::RootExpired(end));
         }
         // A tenth of the lifetime at most: an agent renews by the certificate's age, and a short one must not be born old.
         let not_before = begin - BACKDATE.min(lifetime / 10);
         // X.509 counts whole seconds, and a lifetime must not be cut short.
-        let not_after = (begin + lifetime + Duration::from_millis(999)).min(self.root_expires);
+        let not_after = (begin + lifetime + Duration::from_millis(999)).min(end);
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = alternatives;
@@ -162,13 +223,34 @@ impl Authority {
         params.extended_key_usages = usages;
         params.use_authority_key_identifier_extension = true;
         params.serial_number = Some(random_serial()?);
-        let leaf = params.signed_by(key, &self.issuer)?;
-        Ok(Chain {
-            pem: vec![leaf.pem(), self.root_pem.to_string()],
-            der: vec![leaf.der().clone(), self.root.clone()],
-            expires: not_after.into(),
-        })
+        let leaf = params.signed_by(key, &signer.material.issuer)?;
+        let Material { intermediates, root, .. } = &signer.material;
+        let mut pem = vec![leaf.pem()];
+        pem.extend(signer.chain.iter().cloned());
+        let der = [leaf.der()].into_iter().chain(intermediates).chain([root]).cloned().collect();
+        Ok(Chain { pem, der, expires: not_after.into() })
     }
+}
+
+impl Signer {
+    fn new(material: Material) -> Self {
+        let chain = material.intermediates.iter().chain([&material.root]).map(pem_of).collect();
+        Self { material, chain }
+    }
+}
+
+/// SHA-256 of a certificate, in hexadecimal.
+#[must_use]
+pub fn fingerprint(certificate: &CertificateDer<'_>) -> String {
+    digest::digest(&digest::SHA256, certificate).as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A certificate in PEM (RFC 7468).
+#[must_use]
+pub fn pem_of(certificate: &CertificateDer<'_>) -> String {
+    let text = STANDARD.encode(certificate);
+    let lines = text.as_bytes().chunks(64).map(|line| String::from_utf8_lossy(line).into_owned());
+    format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.collect::<Vec<_>>().join("\n"))
 }
 
 impl std::fmt::Debug for Authority {

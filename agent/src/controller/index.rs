@@ -5,6 +5,7 @@
 //! another's address or identity.
 
 mod endpoints;
+mod findings;
 mod pod;
 mod podless;
 mod policies;
@@ -23,6 +24,8 @@ use ipnet::IpNet;
 use tracing::debug;
 
 use self::endpoints::{Slice, Slices, Target};
+pub use self::findings::Finding;
+use self::findings::Findings;
 use self::pod::{PodRecord, enrolment};
 use self::podless::Podless;
 use self::policies::Policies;
@@ -42,6 +45,8 @@ pub struct MeshSettings {
     pub cluster_domain: String,
     /// Deny what no ALLOW policy covers.
     pub default_deny: bool,
+    /// Namespaces whose pods are never in the mesh, whatever labels say.
+    pub excluded_namespaces: BTreeSet<String>,
 }
 
 /// What a batch of changes led to.
@@ -55,6 +60,10 @@ pub struct Update {
     pub residents: Residents,
     /// Messages for the operator, each said once.
     pub warnings: Vec<String>,
+    /// What is to be said of policies that are new or have changed, or of which something else is to be said now.
+    pub findings: Vec<Finding>,
+    /// The namespaces with enrolled pods, if they changed.
+    pub namespaces: Option<BTreeSet<Arc<str>>>,
 }
 
 /// The identities of the enrolled pods of each node. Cheap to copy.
@@ -82,6 +91,9 @@ pub struct Index {
     nodes: BTreeMap<String, Vec<IpNet>>,
     residents: Residents,
     residence: HashMap<ObjectName, (Arc<str>, SpiffeId)>,
+    /// How many enrolled pods each namespace has.
+    enrolled: BTreeMap<Arc<str>, i64>,
+    findings: Findings,
     conflicts: BTreeSet<(ObjectName, ObjectName)>,
     stale: Stale,
 }
@@ -96,6 +108,7 @@ struct Stale {
     modes: bool,
     mesh: bool,
     nodes: bool,
+    namespaces: bool,
 }
 
 impl Index {
@@ -114,8 +127,10 @@ impl Index {
             nodes: BTreeMap::new(),
             residents: Residents::default(),
             residence: HashMap::new(),
+            enrolled: BTreeMap::new(),
+            findings: Findings::default(),
             conflicts: BTreeSet::new(),
-            stale: Stale { mesh: true, nodes: true, ..Stale::none() },
+            stale: Stale { mesh: true, nodes: true, namespaces: true, ..Stale::none() },
         }
     }
 
@@ -125,6 +140,22 @@ impl Index {
         self.nodes.len() + self.pods.len() + self.services.len()
     }
 
+    /// How many objects are known, by kind. Of namespaces only those are counted that are enrolled.
+    #[must_use]
+    pub fn counts(&self) -> [(Kind, usize); 8] {
+        let (modes, authorizations) = self.policies.counts();
+        [
+            (Kind::Node, self.nodes.len()),
+            (Kind::Namespace, self.namespaces.len()),
+            (Kind::Pod, self.pods.len()),
+            (Kind::ServiceAccount, self.accounts.len()),
+            (Kind::Service, self.services.len()),
+            (Kind::EndpointSlice, self.slices.len()),
+            (Kind::PeerAuthentication, modes),
+            (Kind::AuthorizationPolicy, authorizations),
+        ]
+    }
+
     /// Applies changes in order, and works out what they lead to.
     pub fn apply(&mut self, changes: &[Change]) -> Update {
         let mut update = Update::default();
@@ -132,11 +163,16 @@ impl Index {
             match change {
                 Change::Applied { object, origin } => self.apply_object(object, origin, &mut update.warnings),
                 Change::Removed(key) => self.remove_object(key),
+                Change::Refused { key, uid, error } => {
+                    update.warnings.push(format!("{key}: {error}; what it said before stays in force"));
+                    self.findings.refuse(key, uid.as_ref(), error);
+                }
             }
         }
         let stale = std::mem::replace(&mut self.stale, Stale::none());
         if stale.modes {
             update.warnings.extend(self.policies.arrange());
+            self.findings.overrule(self.policies.overruled());
         }
         for name in &stale.policies {
             let authorization = self.policies.authorization(name);
@@ -160,6 +196,10 @@ impl Index {
         }
         update.nodes = stale.nodes.then(|| self.nodes.keys().cloned().collect());
         update.residents = self.residents.clone();
+        update.findings = self.findings.take();
+        // Settling the pods found out.
+        let namespaces = std::mem::take(&mut self.stale.namespaces) || stale.namespaces;
+        update.namespaces = namespaces.then(|| self.enrolled.keys().cloned().collect());
         update
     }
 
@@ -180,7 +220,9 @@ impl Index {
             }
             Object::EndpointSlice(slice) => self.set_slice(&name, Slice::of(slice, &name)),
             Object::PeerAuthentication(policy) => {
-                warnings.extend(self.policies.problems(policy).iter().map(|problem| format!("{origin}: {key}: {problem}")));
+                let problems = self.policies.problems(policy);
+                warnings.extend(problems.iter().map(|problem| format!("{origin}: {key}: {problem}")));
+                self.findings.note(&key, &policy.metadata, &problems);
                 let namespace = self.policies.set_peer_authentication(&name, Some((**policy).clone()));
                 self.touch_namespace(namespace);
                 self.stale.modes = true;
@@ -188,6 +230,7 @@ impl Index {
             Object::AuthorizationPolicy(policy) => match self.policies.compile(policy) {
                 Ok(compiled) => {
                     warnings.extend(compiled.problems.iter().map(|problem| format!("{origin}: {key}: {problem}")));
+                    self.findings.note(&key, &policy.metadata, &compiled.problems);
                     self.set_authorization(name, Some(compiled));
                 }
                 // Sources check policies before they hand them on; what was in force stays so.
@@ -198,6 +241,7 @@ impl Index {
 
     fn remove_object(&mut self, key: &ObjectKey) {
         let name = ObjectName::of(key);
+        self.findings.forget(key);
         match key.kind {
             Kind::Node => self.set_node(key.name.clone(), None),
             Kind::Namespace => self.set_namespace(&name.name, false),
@@ -364,7 +408,8 @@ impl Index {
     /// Whether pods of this record's kind are in the mesh.
     fn enrolled(&self, name: &ObjectName, pod: &PodRecord) -> bool {
         let namespace = || self.namespaces.get(&name.namespace).copied().unwrap_or(false);
-        pod.live && !pod.host_network && pod.enrolment.unwrap_or_else(namespace)
+        let excluded = || self.settings.excluded_namespaces.contains(&*name.namespace);
+        pod.live && !pod.host_network && pod.enrolment.unwrap_or_else(namespace) && !excluded()
     }
 
     fn settle_residence(&mut self, name: &ObjectName) {
@@ -379,6 +424,8 @@ impl Index {
             Some(now) => self.residence.insert(name.clone(), now),
             None => self.residence.remove(name),
         };
+        let change = i64::from(now.is_some()) - i64::from(before.is_some());
+        self.stale.namespaces |= self.count_enrolled(&name.namespace, change);
         if let Some(now) = now {
             let account = ObjectName { namespace: Arc::clone(&name.namespace), name: now.1.service_account().into() };
             if !self.accounts.contains(&account) && &*account.name != "default" {
@@ -392,6 +439,17 @@ impl Index {
                 _ => drop(self.residents.0.remove(&before)),
             }
         }
+    }
+
+    /// Notes that a namespace has this many enrolled pods more, or less. Gives whether it has come to have any, or none.
+    fn count_enrolled(&mut self, namespace: &Arc<str>, change: i64) -> bool {
+        let before = self.enrolled.get(namespace).copied().unwrap_or(0);
+        let now = before + change;
+        match now {
+            0 => drop(self.enrolled.remove(namespace)),
+            _ => drop(self.enrolled.insert(Arc::clone(namespace), now)),
+        }
+        (before == 0) != (now == 0)
     }
 
     /// Warns of pods with one address, once, and forgets conflicts that are over.
@@ -432,6 +490,7 @@ impl Stale {
             modes: false,
             mesh: false,
             nodes: false,
+            namespaces: false,
         }
     }
 }

@@ -1,54 +1,56 @@
-//! Who may ask: one token for each node.
+//! Who may ask: which node a request comes from, by the token that it carries.
 //!
-//! Enters: the nodes that exist, and the metadata of requests. Leaves: a token file for each node, and the node that a request
-//! comes from. Tokens are random, kept as hashes in memory, and never logged. A request without a known token learns nothing.
+//! Enters: the nodes that exist, and the metadata of requests. Leaves: the node that a request comes from. A request without a
+//! good token learns nothing, and tokens are never logged. [`tokens`] has files of its own making; [`review`] asks an API server.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+pub mod review;
+pub mod tokens;
+
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use aws_lc_rs::{constant_time, digest};
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use tokio::sync::watch;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
 use tracing::warn;
 
-use super::state_file::{self, StateFileError};
+pub use review::TokenReviews;
+pub use tokens::{NodeTokens, TokenError};
 
-/// A token's length in bytes before it is encoded.
-const TOKEN: usize = 32;
-/// The longest `authorization` value that is looked at, in bytes.
-const LONGEST: usize = 512;
+/// The longest `authorization` value that is looked at, in bytes: a ServiceAccount's token has one or two thousand.
+const LONGEST: usize = 16 * 1024;
 /// At most one message on refused requests in this time.
 const REFUSALS: Duration = Duration::from_secs(10);
 
-/// The tokens of the mesh's nodes.
-#[derive(Debug)]
-pub struct NodeTokens {
-    directory: PathBuf,
-    accepted: Mutex<BTreeMap<String, Hash>>,
-    refused: Mutex<Refused>,
-    changed: watch::Sender<()>,
+/// Tells which node a request comes from.
+#[tonic::async_trait]
+pub trait NodeAuth: Debug + Send + Sync + 'static {
+    /// The node whose token a request carries.
+    ///
+    /// # Errors
+    /// UNAUTHENTICATED without a good token; UNAVAILABLE when that cannot be told now.
+    async fn authenticate(&self, metadata: &MetadataMap) -> Result<Arc<str>, Status>;
+
+    /// From now on exactly these nodes are part of the mesh. Gives what could not be done for them.
+    fn set_nodes(&self, nodes: &BTreeSet<String>) -> Vec<NodeAuthError>;
+
+    /// Whether the node is part of the mesh still.
+    fn accepts(&self, node: &str) -> bool;
+
+    /// Tells when the set of nodes changes.
+    fn changes(&self) -> watch::Receiver<()>;
 }
 
-/// Why a node has no token.
+/// What could not be done for a node.
 #[derive(Debug, thiserror::Error)]
-pub enum TokenError {
-    /// A token file, or their directory, cannot be used.
-    #[error(transparent)]
-    File(#[from] StateFileError),
-    /// The operating system gave no random bytes.
-    #[error("no random bytes for the token of node {0}")]
-    Random(String),
-}
+#[error(transparent)]
+pub struct NodeAuthError(#[from] TokenError);
 
-#[derive(Clone, Copy)]
-struct Hash([u8; 32]);
+/// Messages on refused requests, not too many.
+#[derive(Debug, Default)]
+struct Refusals(Mutex<Refused>);
 
 #[derive(Debug, Default)]
 struct Refused {
@@ -56,106 +58,9 @@ struct Refused {
     untold: u64,
 }
 
-impl NodeTokens {
-    /// The tokens kept in `state_dir`. None is accepted before [`NodeTokens::set_nodes`].
-    ///
-    /// # Errors
-    /// [`TokenError`] when the directory cannot be made.
-    pub fn open(state_dir: &Path) -> Result<Self, TokenError> {
-        let directory = state_dir.join("tokens");
-        state_file::create_private_directory(&directory)?;
-        Ok(Self { directory, accepted: Mutex::default(), refused: Mutex::default(), changed: watch::Sender::new(()) })
-    }
-
-    /// Accepts exactly the tokens of `nodes`: makes those that are missing, and removes those of other nodes. Does all that it can,
-    /// and gives what failed.
-    pub fn set_nodes(&self, nodes: &BTreeSet<String>) -> Vec<TokenError> {
-        let mut failures = Vec::new();
-        let mut accepted = BTreeMap::new();
-        for node in nodes {
-            match self.token(node) {
-                Ok(token) => drop(accepted.insert(node.clone(), Hash::of(token.as_bytes()))),
-                Err(failure) => failures.push(failure),
-            }
-        }
-        let before = std::mem::replace(&mut *lock(&self.accepted), accepted);
-        // No node at all since the start may only mean that the objects are yet to come.
-        if !(nodes.is_empty() && before.is_empty()) {
-            failures.extend(self.remove_others(nodes));
-        }
-        self.changed.send_replace(());
-        failures
-    }
-
-    /// The node whose token a request carries.
-    ///
-    /// # Errors
-    /// UNAUTHENTICATED without a known token.
-    pub fn authenticate(&self, metadata: &MetadataMap) -> Result<Arc<str>, Status> {
-        let value = metadata.get("authorization").map(|value| value.as_bytes()).filter(|value| value.len() <= LONGEST);
-        let token = value.and_then(|value| {
-            let (scheme, token) = value.split_at_checked(7)?;
-            scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
-        });
-        let Some(token) = token.filter(|token| !token.is_empty()) else {
-            self.note_refusal("without a token");
-            return Err(Status::unauthenticated("no token: send the metadata `authorization: Bearer <the node's token>`"));
-        };
-        let hash = Hash::of(token);
-        let mut found = None;
-        for (node, known) in lock(&self.accepted).iter() {
-            if constant_time::verify_slices_are_equal(&known.0, &hash.0).is_ok() {
-                found = Some(Arc::from(node.as_str()));
-            }
-        }
-        found.ok_or_else(|| {
-            self.note_refusal("with an unknown token");
-            Status::unauthenticated("the token is not that of any node: is it the one in the controller's state directory?")
-        })
-    }
-
-    /// Whether the node's token is accepted still.
-    #[must_use]
-    pub fn accepts(&self, node: &str) -> bool {
-        lock(&self.accepted).contains_key(node)
-    }
-
-    /// Tells when the set of nodes changes.
-    #[must_use]
-    pub fn changes(&self) -> watch::Receiver<()> {
-        self.changed.subscribe()
-    }
-
-    fn token(&self, node: &str) -> Result<String, TokenError> {
-        let path = self.directory.join(node);
-        match fs::read_to_string(&path) {
-            Ok(text) if is_token(text.trim()) => return Ok(text.trim().to_owned()),
-            Ok(_) => warn!("{} holds no token: a new one is made, the agent on {node} must get it", path.display()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => return Err(StateFileError { action: "read", path, source }.into()),
-        }
-        let mut bytes = [0; TOKEN];
-        aws_lc_rs::rand::fill(&mut bytes).map_err(|_unspecified| TokenError::Random(node.to_owned()))?;
-        let token = URL_SAFE_NO_PAD.encode(bytes);
-        state_file::write_atomically(&path, token.as_bytes(), 0o600)?;
-        Ok(token)
-    }
-
-    fn remove_others(&self, nodes: &BTreeSet<String>) -> Vec<TokenError> {
-        let failed = |action, path: &Path| {
-            let path = path.to_owned();
-            move |source| TokenError::from(StateFileError { action, path, source })
-        };
-        let entries = match fs::read_dir(&self.directory) {
-            Ok(entries) => entries,
-            Err(source) => return vec![failed("list", &self.directory)(source)],
-        };
-        let others = entries.flatten().filter(|entry| entry.file_name().to_str().is_none_or(|name| !nodes.contains(name)));
-        others.filter_map(|entry| fs::remove_file(entry.path()).map_err(failed("remove", &entry.path())).err()).collect()
-    }
-
-    fn note_refusal(&self, how: &str) {
-        let mut refused = lock(&self.refused);
+impl Refusals {
+    fn note(&self, how: &str) {
+        let mut refused = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         if refused.told.is_some_and(|told| now.duration_since(told) < REFUSALS) {
             refused.untold += 1;
@@ -166,25 +71,9 @@ impl NodeTokens {
     }
 }
 
-impl Hash {
-    fn of(token: &[u8]) -> Self {
-        let mut hash = [0; 32];
-        hash.copy_from_slice(digest::digest(&digest::SHA256, token).as_ref());
-        Self(hash)
-    }
-}
-
-impl std::fmt::Debug for Hash {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Hash(..)")
-    }
-}
-
-fn is_token(text: &str) -> bool {
-    URL_SAFE_NO_PAD.decode(text).is_ok_and(|bytes| bytes.len() == TOKEN)
-}
-
-/// Locks, also after a panic elsewhere: every change under these locks is a single assignment.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// The token of a request's `authorization: Bearer` metadata.
+fn bearer(metadata: &MetadataMap) -> Option<&[u8]> {
+    let value = metadata.get("authorization")?.as_bytes();
+    let (scheme, token) = value.split_at_checked(7).filter(|_| value.len() <= LONGEST)?;
+    Some(token.trim_ascii()).filter(|token| scheme.eq_ignore_ascii_case(b"bearer ") && !token.is_empty())
 }

@@ -10,6 +10,7 @@ mod tests;
 use std::net::IpAddr;
 use std::ops::Bound;
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio::sync::watch;
 
@@ -24,7 +25,7 @@ pub struct MeshState {
     sequence: u64,
     floor: u64,
     entries: imbl::OrdMap<(ResourceKind, Arc<str>), Entry>,
-    log: imbl::OrdMap<(ResourceKind, u64), Arc<str>>,
+    log: imbl::OrdMap<(ResourceKind, u64), (Arc<str>, Instant)>,
     removed: imbl::OrdMap<u64, (ResourceKind, Arc<str>)>,
     by_address: imbl::HashMap<IpAddr, imbl::OrdSet<Arc<str>>>,
     residents: Residents,
@@ -51,12 +52,12 @@ impl Publisher {
         (Self { states, kept: REMOVED_KEPT }, reader)
     }
 
-    /// Publishes what an update changes. Resources that are still the same are not touched.
-    pub fn publish(&mut self, update: Update) {
+    /// Publishes what an update changes, which was read at `at`. Resources that are still the same are not touched.
+    pub fn publish(&mut self, update: Update, at: Instant) {
         let mut state = MeshState::clone(&self.states.borrow());
         state.residents = update.residents;
         for (kind, name, resource) in update.resources {
-            state.set(kind, name, resource);
+            state.set(kind, name, resource, at);
         }
         state.forget(self.kept);
         self.states.send_replace(Arc::new(state));
@@ -106,10 +107,17 @@ impl MeshState {
     pub fn changes(&self, kind: ResourceKind, sequence: u64) -> impl Iterator<Item = (&Arc<str>, Option<&Arc<Resource>>)> {
         let range = (Bound::Excluded((kind, sequence)), Bound::Included((kind, u64::MAX)));
         let entry = move |name: &Arc<str>| self.entries.get(&(kind, Arc::clone(name)));
-        self.log.range(range).map(move |(_, name)| (name, entry(name).and_then(|entry| entry.resource.as_ref())))
+        self.log.range(range).map(move |(_, (name, _))| (name, entry(name).and_then(|entry| entry.resource.as_ref())))
     }
 
-    fn set(&mut self, kind: ResourceKind, name: Arc<str>, resource: Option<Resource>) {
+    /// When the first of the changes after `sequence` that still count was read.
+    #[must_use]
+    pub fn oldest_change(&self, kind: ResourceKind, sequence: u64) -> Option<Instant> {
+        let range = (Bound::Excluded((kind, sequence)), Bound::Included((kind, u64::MAX)));
+        self.log.range(range).next().map(|(_, (_, at))| *at)
+    }
+
+    fn set(&mut self, kind: ResourceKind, name: Arc<str>, resource: Option<Resource>, at: Instant) {
         let key = (kind, name);
         let before = self.entries.get(&key).cloned();
         let before_resource = before.as_ref().and_then(|entry| entry.resource.as_ref());
@@ -133,7 +141,7 @@ impl MeshState {
         for address in resource.iter().flat_map(|resource| &resource.addresses) {
             self.by_address.entry(*address).or_default().insert(Arc::clone(&key.1));
         }
-        self.log.insert((kind, self.sequence), Arc::clone(&key.1));
+        self.log.insert((kind, self.sequence), (Arc::clone(&key.1), at));
         if resource.is_none() {
             self.removed.insert(self.sequence, key.clone());
         }

@@ -15,15 +15,17 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tonic::metadata::MetadataMap;
 use tonic::transport::Server;
 use tonic::{Request, Status};
 
 use self::certificates::Certificates;
 use self::discovery::Discovery;
 use super::authority::Authority;
-use super::node_auth::NodeTokens;
+use super::node_auth::NodeAuth;
 use super::publish::MeshState;
 use super::source::Barrier;
+use crate::observe::ControllerMetrics;
 use crate::proto::ca::istio_certificate_service_server::IstioCertificateServiceServer;
 use crate::proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 
@@ -42,9 +44,10 @@ const CERTIFICATE_REQUEST: usize = 64 * 1024;
 #[derive(Clone, Debug)]
 pub(super) struct Shared {
     pub(super) states: watch::Receiver<Arc<MeshState>>,
-    pub(super) tokens: Arc<NodeTokens>,
+    pub(super) nodes: Arc<dyn NodeAuth>,
     pub(super) authority: Arc<Authority>,
     pub(super) barrier: Barrier,
+    pub(super) metrics: ControllerMetrics,
     pub(super) stop: CancellationToken,
 }
 
@@ -54,12 +57,19 @@ struct ConnectionAuth(Arc<AtomicBool>);
 
 impl Shared {
     /// The node that a request comes from.
-    fn node_of<T>(&self, request: &Request<T>) -> Result<Arc<str>, Status> {
-        let node = self.tokens.authenticate(request.metadata())?;
-        if let Some(connection) = request.extensions().get::<ConnectionAuth>() {
+    async fn node_of(&self, metadata: &MetadataMap, connection: Option<ConnectionAuth>) -> Result<Arc<str>, Status> {
+        let node = self.nodes.authenticate(metadata).await?;
+        if let Some(connection) = connection {
             connection.0.store(true, Ordering::Relaxed);
         }
         Ok(node)
+    }
+}
+
+impl ConnectionAuth {
+    /// That of the connection that a request came on.
+    fn of<T>(request: &Request<T>) -> Option<Self> {
+        request.extensions().get::<Self>().cloned()
     }
 }
 

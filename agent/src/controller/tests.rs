@@ -4,6 +4,8 @@ mod certificates;
 mod discovery;
 mod hostile;
 mod lifecycle;
+mod on_kubernetes;
+mod wire;
 
 use std::fs;
 use std::net::SocketAddr;
@@ -24,7 +26,7 @@ use tonic::codegen::http::Uri;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status, Streaming};
 
-use super::{ControllerConfig, RunningController, start};
+use super::{ControllerConfig, RunningController, SourceConfig, start};
 use crate::proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use crate::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource};
 use crate::proto::workload::{Address, Workload, address};
@@ -68,8 +70,7 @@ fn pod(name: &str, node: &str, ip: &str) -> String {
 
 fn config(manifests: &Path, state: &Path) -> ControllerConfig {
     ControllerConfig {
-        manifests: manifests.to_owned(),
-        state_dir: state.to_owned(),
+        source: SourceConfig::Manifests { manifests: manifests.to_owned(), state_dir: state.to_owned() },
         listen: "127.0.0.1:0".parse().unwrap(),
         trust_domain: "cluster.local".parse().unwrap(),
         cert_ttl: Duration::from_secs(3600),
@@ -119,26 +120,12 @@ impl Mesh {
     }
 
     fn tls(&self) -> TlsConnector {
-        let mut roots = RootCertStore::empty();
-        roots.add(self.root()).unwrap();
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-        let mut config = builder.with_root_certificates(roots).with_no_client_auth();
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        TlsConnector::from(Arc::new(config))
+        connector(self.root())
     }
 
     /// A connection whose server was verified by its address.
     async fn channel(&self) -> Channel {
-        let (tls, address) = (self.tls(), self.address());
-        let connector = Connector(Arc::new(move || {
-            let tls = tls.clone();
-            Box::pin(async move {
-                let socket = TcpStream::connect(address).await?;
-                Ok(TokioIo::new(tls.connect(ServerName::from(address.ip()), socket).await?))
-            })
-        }));
-        Endpoint::from_static("http://controller").connect_with_connector(connector).await.unwrap()
+        channel(self.address(), self.root()).await
     }
 
     fn authorized<T>(&self, node: &str, message: T) -> Request<T> {
@@ -149,15 +136,43 @@ impl Mesh {
     }
 
     async fn discovery(&self, node: &str) -> Discovery {
-        let (requests, receiver) = mpsc::channel(16);
-        let mut client = AggregatedDiscoveryServiceClient::new(self.channel().await);
-        let request = self.authorized(node, ReceiverStream::new(receiver));
-        let responses = client.delta_aggregated_resources(request).await.unwrap().into_inner();
-        Discovery { requests, responses }
+        Discovery::open(self.channel().await, |request| self.authorized(node, request)).await
     }
 }
 
+fn connector(root: CertificateDer<'static>) -> TlsConnector {
+    let mut roots = RootCertStore::empty();
+    roots.add(root).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let mut config = builder.with_root_certificates(roots).with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    TlsConnector::from(Arc::new(config))
+}
+
+/// A connection whose server was verified by its address.
+async fn channel(address: SocketAddr, root: CertificateDer<'static>) -> Channel {
+    let tls = connector(root);
+    let connector = Connector(Arc::new(move || {
+        let tls = tls.clone();
+        Box::pin(async move {
+            let socket = TcpStream::connect(address).await?;
+            Ok(TokioIo::new(tls.connect(ServerName::from(address.ip()), socket).await?))
+        })
+    }));
+    Endpoint::from_static("http://controller").connect_with_connector(connector).await.unwrap()
+}
+
+type Requests = ReceiverStream<DeltaDiscoveryRequest>;
+
 impl Discovery {
+    async fn open(channel: Channel, authorize: impl Fn(Requests) -> Request<Requests>) -> Self {
+        let (requests, receiver) = mpsc::channel(16);
+        let mut client = AggregatedDiscoveryServiceClient::new(channel);
+        let responses = client.delta_aggregated_resources(authorize(ReceiverStream::new(receiver))).await.unwrap().into_inner();
+        Self { requests, responses }
+    }
+
     async fn ask(&self, type_url: &str, subscribe: &[&str], held: &[(String, String)]) {
         let request = DeltaDiscoveryRequest {
             node: Some(Node { id: "test-agent".to_owned(), ..Node::default() }),

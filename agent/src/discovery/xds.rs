@@ -19,7 +19,7 @@ use super::decode::{DecodeError, quote};
 use super::mirror::{Kind, Mirror};
 use super::questions::Questions;
 use super::{DiscoveryConfig, Question, ResolveError};
-use crate::identity::backoff::Backoff;
+use crate::backoff::Backoff;
 use crate::identity::channel::{ConnectError, ControllerEndpoint, in_words, needs_operator};
 use crate::model::Snapshot;
 use crate::proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;

@@ -15,12 +15,12 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::TrustBundle;
-use super::backoff::Backoff;
 use super::bundle::{BundleError, certificates_in};
 use super::clock::{Clock, readable};
 use super::renew;
 use super::request::{IssueError, Issuer};
 use super::svid::{Svid, SvidFault};
+use crate::backoff::Backoff;
 use crate::model::SpiffeId;
 
 /// The wait after a first failure.

@@ -71,6 +71,11 @@ impl Slice {
 }
 
 impl Slices {
+    /// How many slices there are.
+    pub(super) fn len(&self) -> usize {
+        self.slices.len()
+    }
+
     /// The slice of this name.
     pub(super) fn get(&self, name: &ObjectName) -> Option<&Slice> {
         self.slices.get(name)

@@ -102,6 +102,16 @@ impl Policies {
         messages
     }
 
+    /// The `PeerAuthentication`s that have no effect beside an older one.
+    pub(super) fn overruled(&self) -> &[Overruled] {
+        &self.overruled
+    }
+
+    /// How many `PeerAuthentication`s and `AuthorizationPolicy`s there are.
+    pub(super) fn counts(&self) -> (usize, usize) {
+        (self.peer_authentications.len(), self.authorizations.len())
+    }
+
     /// What in a `PeerAuthentication` has no effect.
     pub(super) fn problems(&self, policy: &PeerAuthenticationPolicy) -> Vec<Problem> {
         peer_authentication::check(policy, &self.mesh.root_namespace)

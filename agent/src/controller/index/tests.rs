@@ -33,6 +33,7 @@ impl World {
             root_namespace: "istio-system".to_owned(),
             cluster_domain: "cluster.local".to_owned(),
             default_deny: false,
+            excluded_namespaces: [].into(),
         };
         let index = Index::new(settings);
         let mut world = Self { index, resources: BTreeMap::new(), warnings: Vec::new(), update: Update::default() };

@@ -1,4 +1,5 @@
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::{MeshState, Publisher};
 use crate::controller::index::{Resource, ResourceKind, Update};
@@ -14,7 +15,7 @@ fn resource(name: &str, version: &str, address: &str) -> Resource {
 
 fn set(publisher: &mut Publisher, changes: &[(&str, Option<Resource>)]) {
     let resources = changes.iter().map(|(name, resource)| (ResourceKind::Address, Arc::from(*name), resource.clone()));
-    publisher.publish(Update { resources: resources.collect(), ..Update::default() });
+    publisher.publish(Update { resources: resources.collect(), ..Update::default() }, Instant::now());
 }
 
 fn changed(state: &MeshState, since: u64) -> Vec<(String, bool)> {

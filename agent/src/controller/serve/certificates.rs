@@ -3,12 +3,14 @@
 use std::time::{Duration, SystemTime};
 
 use prost_types::value::Kind;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tracing::{debug, error};
 
-use super::Shared;
+use super::{ConnectionAuth, Shared};
 use crate::controller::authority::SignError;
+use crate::controller::source::About;
 use crate::model::SpiffeId;
+use crate::observe::control_plane::Refusal;
 use crate::proto::ca::istio_certificate_service_server::IstioCertificateService;
 use crate::proto::ca::{IstioCertificateRequest, IstioCertificateResponse};
 
@@ -21,18 +23,39 @@ impl IstioCertificateService for Certificates {
         &self,
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
-        let node = self.0.node_of(&request)?;
+        let metrics = &self.0.metrics;
+        match self.certificate(request).await {
+            Ok(chain) => {
+                metrics.issued();
+                Ok(Response::new(IstioCertificateResponse { cert_chain: chain }))
+            }
+            Err(status) => {
+                let reasons = [
+                    (Code::Unauthenticated, Refusal::Unauthenticated),
+                    (Code::PermissionDenied, Refusal::NotOnNode),
+                    (Code::InvalidArgument, Refusal::BadRequest),
+                ];
+                let reason = reasons.iter().find(|(code, _)| *code == status.code());
+                metrics.refused(reason.map_or(Refusal::Unable, |(_, reason)| *reason));
+                Err(status)
+            }
+        }
+    }
+}
+
+impl Certificates {
+    /// The chain that is asked for: PEM texts, the leaf first.
+    async fn certificate(&self, request: Request<IstioCertificateRequest>) -> Result<Vec<String>, Status> {
+        let node = self.0.node_of(request.metadata(), ConnectionAuth::of(&request)).await?;
         let request = request.into_inner();
         let identity = identity_of(&request)?;
         self.authorize(&node, &identity).await?;
         let asked = u64::try_from(request.validity_duration).ok().map(Duration::from_secs);
         let chain = self.0.authority.sign(&request.csr, &identity, asked, SystemTime::now()).map_err(refusal)?;
         debug!(%node, %identity, "signed a certificate");
-        Ok(Response::new(IstioCertificateResponse { cert_chain: chain.pem }))
+        Ok(chain.pem)
     }
-}
 
-impl Certificates {
     /// Lets a node act for the enrolled pods that run on it, and for no others.
     async fn authorize(&self, node: &str, identity: &SpiffeId) -> Result<(), Status> {
         let resident = || self.0.states.borrow().residents().contains(node, identity);
@@ -40,7 +63,8 @@ impl Certificates {
             return Ok(());
         }
         // The pod may have been written a moment ago.
-        self.0.barrier.pass().await;
+        let about = About::Pods { namespace: identity.namespace().to_owned(), node: node.to_owned() };
+        self.0.barrier.pass(about).await;
         if resident() {
             return Ok(());
         }

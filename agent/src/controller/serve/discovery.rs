@@ -2,19 +2,22 @@
 //!
 //! A client that reads slowly costs one message under way: what changes meanwhile is put together when it reads on.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use prost_types::Any;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, warn};
 
-use super::Shared;
-use super::subscription::{Item, MAX_NAMES, Subscription, TooFarBehind, TooManyNames};
+use super::subscription::{Item, MAX_NAMES, Subscription, TooFarBehind, TooManyNames, address_in};
+use super::{ConnectionAuth, Shared};
 use crate::controller::index::{Resource, ResourceKind};
 use crate::controller::publish::MeshState;
+use crate::controller::source::About;
 use crate::proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryService;
 use crate::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource as WireResource};
 
@@ -62,7 +65,7 @@ impl AggregatedDiscoveryService for Discovery {
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        let node = self.0.node_of(&request)?;
+        let node = self.0.node_of(request.metadata(), ConnectionAuth::of(&request)).await?;
         let (responses, receiver) = mpsc::channel(UNDER_WAY);
         let conversation = Conversation {
             states: self.0.states.clone(),
@@ -88,7 +91,8 @@ impl AggregatedDiscoveryService for Discovery {
 impl Conversation {
     /// Answers until the client leaves.
     async fn hold(mut self, mut requests: Streaming<DeltaDiscoveryRequest>) -> Result<(), Status> {
-        let mut nodes = self.shared.tokens.changes();
+        let _counted = self.shared.metrics.client();
+        let mut nodes = self.shared.nodes.changes();
         let stop = self.shared.stop.clone();
         self.states.mark_unchanged();
         loop {
@@ -104,7 +108,7 @@ impl Conversation {
                 _changed = nodes.changed() => {}
                 () = stop.cancelled() => return Err(Status::unavailable("the controller is stopping")),
             }
-            if !self.shared.tokens.accepts(&self.node) {
+            if !self.shared.nodes.accepts(&self.node) {
                 return Err(Status::unauthenticated(format!("node {} is no longer part of the mesh", self.node)));
             }
         }
@@ -135,12 +139,23 @@ impl Conversation {
             self.send(kind.type_url(), items, Part::Change, state.sequence()).await?;
         }
         if names.iter().any(|name| name != "*") {
-            self.shared.barrier.pass().await;
+            self.await_news_of(names).await;
             let state = self.state();
             let items = self.subscription(kind).follow(&state, names).map_err(too_many)?;
             self.send(kind.type_url(), items, Part::Change, state.sequence()).await?;
         }
         Ok(())
+    }
+
+    /// Makes sure that what was written about these names before is known.
+    async fn await_news_of(&self, names: &[String]) {
+        let state = self.state();
+        let about = |name: &String| match address_in(name) {
+            Some(address) if state.at_address(address).is_none() => About::Address(address),
+            _ => About::Other,
+        };
+        let abouts: HashSet<About> = names.iter().filter(|name| *name != "*").map(about).collect();
+        join_all(abouts.into_iter().map(|about| self.shared.barrier.pass(about))).await;
     }
 
     /// Types that this controller does not have are empty.
@@ -157,6 +172,8 @@ impl Conversation {
     /// Tells what changed. Policies come before the workloads that name them, and go after those no longer do.
     async fn tell_changes(&mut self) -> Result<(), Status> {
         let state = Arc::clone(&self.states.borrow_and_update());
+        let subscriptions = [&self.mesh, &self.authorization, &self.address];
+        let oldest = subscriptions.into_iter().filter_map(|subscription| subscription.waits_since(&state)).min();
         let behind = |_: TooFarBehind| Status::aborted("too far behind: connect again, with initial_resource_versions");
         let mesh = self.mesh.catch_up(&state).map_err(behind)?;
         let policies = self.authorization.catch_up(&state).map_err(behind)?;
@@ -170,6 +187,9 @@ impl Conversation {
         ];
         for (kind, items) in steps {
             self.send(kind.type_url(), items, Part::Change, state.sequence()).await?;
+        }
+        if let Some(oldest) = oldest {
+            self.shared.metrics.pushed(oldest.elapsed());
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use rustls::ServerConfig;
-use rustls_pki_types::PrivateKeyDer;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -54,7 +54,15 @@ pub(super) struct Connection {
 struct ServingCertificates {
     authority: Arc<Authority>,
     names: Vec<String>,
-    configs: Mutex<HashMap<IpAddr, (Arc<ServerConfig>, SystemTime)>>,
+    configs: Mutex<HashMap<IpAddr, Serving>>,
+}
+
+/// A certificate to serve with.
+struct Serving {
+    config: Arc<ServerConfig>,
+    replace_at: SystemTime,
+    /// The certificate that it is signed by: another authority means another one.
+    issuer: CertificateDer<'static>,
 }
 
 /// Why there is no certificate to serve with.
@@ -131,8 +139,9 @@ impl ServingCertificates {
     /// The TLS configuration for clients that dialled `local`.
     fn config_for(&self, local: IpAddr, now: SystemTime) -> Result<Arc<ServerConfig>, ServingError> {
         let mut configs = self.configs.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((config, _)) = configs.get(&local).filter(|(_, replace_at)| now < *replace_at) {
-            return Ok(Arc::clone(config));
+        let issuer = self.authority.issuer();
+        if let Some(serving) = configs.get(&local).filter(|serving| now < serving.replace_at && serving.issuer == issuer) {
+            return Ok(Arc::clone(&serving.config));
         }
         let (chain, key) = self.authority.serving(&[local], &self.names, CERTIFICATE, now)?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -148,7 +157,7 @@ impl ServingCertificates {
             configs.clear();
         }
         let config = Arc::new(config);
-        configs.insert(local, (Arc::clone(&config), now + CERTIFICATE / 2));
+        configs.insert(local, Serving { config: Arc::clone(&config), replace_at: now + CERTIFICATE / 2, issuer });
         Ok(config)
     }
 }

@@ -5,6 +5,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::controller::index::{Resource, ResourceKind};
 use crate::controller::publish::MeshState;
@@ -121,6 +122,11 @@ impl Subscription {
         if self.names.len() > MAX_NAMES { Err(TooManyNames) } else { Ok(items) }
     }
 
+    /// When the first change was read that the client has not been told of.
+    pub(super) fn waits_since(&self, state: &MeshState) -> Option<Instant> {
+        state.oldest_change(self.kind, self.told?)
+    }
+
     /// What changed since the client was last told.
     pub(super) fn catch_up(&mut self, state: &MeshState) -> Result<Vec<Item>, TooFarBehind> {
         let Some(told) = self.told else { return Ok(Vec::new()) };
@@ -164,12 +170,16 @@ impl Subscription {
 }
 
 impl Wanted {
-    /// `/10.0.0.1` and `network/10.0.0.1` stand for an address; there is only one network.
     fn of(name: &str) -> Self {
-        let address = name.rsplit_once('/').and_then(|(_, address)| address.parse::<IpAddr>().ok());
-        match address {
-            Some(address) => Self::Address(address.to_canonical()),
+        match address_in(name) {
+            Some(address) => Self::Address(address),
             None => Self::Name(name.into()),
         }
     }
+}
+
+/// `/10.0.0.1` and `network/10.0.0.1` stand for an address; there is only one network.
+pub(super) fn address_in(name: &str) -> Option<IpAddr> {
+    let (_, address) = name.rsplit_once('/')?;
+    address.parse::<IpAddr>().ok().map(|address| address.to_canonical())
 }

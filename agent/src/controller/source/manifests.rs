@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::error;
 
 use self::tree::Tree;
-use super::{Feed, FeedWriter, Source, feed};
+use super::{Feed, FeedWriter, Source, Waiting, feed};
 use crate::policy::compile::MeshContext;
 
 /// How long after an event more of the same write are waited for.
@@ -109,7 +109,7 @@ async fn follow(mut inotify: AsyncFd<Inotify>, mut tree: Tree, mut writer: FeedW
 }
 
 /// Waits for something to do, and gives those that wait at the barrier.
-async fn wait(inotify: &mut AsyncFd<Inotify>, tree: &mut Tree, writer: &mut FeedWriter) -> Vec<tokio::sync::oneshot::Sender<()>> {
+async fn wait(inotify: &mut AsyncFd<Inotify>, tree: &mut Tree, writer: &mut FeedWriter) -> Vec<Waiting> {
     if tree.is_stale() {
         return Vec::new();
     }

@@ -17,7 +17,7 @@ async fn mesh() -> Mesh {
     Mesh::start(&[("web.yaml", pod("web", "node-a", "10.1.0.2")), ("db.yaml", pod("db", "node-b", "10.2.0.2"))]).await
 }
 
-fn request(identity: &str) -> IstioCertificateRequest {
+pub(super) fn request(identity: &str) -> IstioCertificateRequest {
     let key = KeyPair::generate().unwrap();
     let csr = CertificateParams::default().serialize_request(&key).unwrap().pem().unwrap();
     let identity = Value { kind: Some(Kind::StringValue(identity.to_owned())) };

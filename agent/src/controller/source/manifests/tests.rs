@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Manifests;
 use super::parse::parse;
-use crate::controller::source::{Change, Feed, Source};
+use crate::controller::source::{About, Change, Feed, Source};
 use crate::policy::compile::MeshContext;
 
 /// A followed directory, and the names of the objects in force with a label of theirs.
@@ -58,6 +58,7 @@ impl Followed {
                     self.objects.insert(object.key().name, version.unwrap_or_default());
                 }
                 Change::Removed(key) => drop(self.objects.remove(&key.name)),
+                Change::Refused { key, .. } => panic!("{key} is handed on although it cannot be used"),
             }
         }
         batch.passed();
@@ -66,7 +67,7 @@ impl Followed {
     /// What is in force once everything written so far has been read: `name=version` of each object.
     async fn settled(&mut self) -> Vec<String> {
         let barrier = self.feed.barrier.clone();
-        let mut passed = std::pin::pin!(async move { barrier.pass().await });
+        let mut passed = std::pin::pin!(async move { barrier.pass(About::Other).await });
         loop {
             tokio::select! {
                 reached = &mut passed => {

@@ -1,0 +1,270 @@
+//! The bytes that other implementations read, by the published field numbers (istio/ztunnel: proto/workload.proto,
+//! proto/authorization.proto, proto/citadel.proto; envoyproxy/data-plane-api: service/discovery/v3/discovery.proto).
+//!
+//! The reader here knows wire types only, so that a change of the generated code shows.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use prost::Message;
+use prost_types::{Any, Struct, Value, value::Kind};
+
+use crate::controller::index::{Index, MeshSettings, ResourceKind};
+use crate::controller::source::Change;
+use crate::controller::source::manifests::objects;
+use crate::proto::ca::{IstioCertificateRequest, IstioCertificateResponse};
+use crate::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status};
+
+const SHOP: &str = "
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop, labels: {istio.io/dataplane-mode: ambient}}
+---
+apiVersion: v1
+kind: Pod
+metadata:
+  name: web-7d4f-x2
+  namespace: shop
+  labels: {app: web, version: v2, pod-template-hash: 7d4f}
+  ownerReferences: [{apiVersion: apps/v1, kind: ReplicaSet, name: web-7d4f, uid: u}]
+spec: {nodeName: node-a, serviceAccountName: web, containers: [{name: a, ports: [{name: http, containerPort: 8080}]}]}
+status: {podIP: 10.1.0.2, conditions: [{type: Ready, status: 'False'}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec: {clusterIP: 10.96.0.9, internalTrafficPolicy: Local, selector: {app: web}, ports: [{port: 80, targetPort: http}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: some, namespace: shop, annotations: {istio.io/dry-run: 'true'}}
+spec:
+  selector: {matchLabels: {app: web}}
+  action: DENY
+  rules:
+  - from: [{source: {principals: ['*/ns/shop/sa/cart'], notNamespaces: [bank], ipBlocks: [10.0.0.0/8], serviceAccounts: [shop/cart]}}]
+    to: [{operation: {ports: ['8080'], notPorts: ['9090']}}]
+";
+
+/// The value of the resource of this name.
+fn resource(kind: ResourceKind, name: &str) -> Vec<u8> {
+    let settings = MeshSettings {
+        trust_domain: "example.org".parse().unwrap(),
+        root_namespace: "istio-system".to_owned(),
+        cluster_domain: "cluster.local".to_owned(),
+        default_deny: false,
+        excluded_namespaces: [].into(),
+    };
+    let objects = objects(SHOP, &settings.context()).into_iter();
+    let changes: Vec<_> = objects.map(|object| Change::Applied { object: Arc::new(object), origin: "test".into() }).collect();
+    let update = Index::new(settings).apply(&changes);
+    let found = update.resources.into_iter().find(|(of, named, _)| *of == kind && **named == *name);
+    found.and_then(|(.., resource)| resource).unwrap_or_else(|| panic!("no {name}")).value
+}
+
+/// Field numbers and values, one a line, messages indented. Which fields are messages is said by their paths.
+fn dump(bytes: &[u8], messages: &[&str]) -> String {
+    let mut text = String::new();
+    write_fields(bytes, messages, "", &mut text);
+    text
+}
+
+fn write_fields(mut bytes: &[u8], messages: &[&str], path: &str, text: &mut String) {
+    while !bytes.is_empty() {
+        let key = varint(&mut bytes);
+        let path = if path.is_empty() { (key >> 3).to_string() } else { format!("{path}.{}", key >> 3) };
+        match key & 7 {
+            0 => writeln!(text, "{path}: {}", varint(&mut bytes)).unwrap(),
+            2 => {
+                let length = usize::try_from(varint(&mut bytes)).unwrap();
+                let (value, rest) = bytes.split_at(length);
+                bytes = rest;
+                match std::str::from_utf8(value) {
+                    _ if messages.contains(&path.as_str()) => {
+                        writeln!(text, "{path}").unwrap();
+                        write_fields(value, messages, &path, text);
+                    }
+                    Ok(value) if value.chars().all(|c| !c.is_control()) => writeln!(text, "{path}: {value:?}").unwrap(),
+                    _ => writeln!(text, "{path}: {value:?}").unwrap(),
+                }
+            }
+            other => panic!("wire type {other} at {path}"),
+        }
+    }
+}
+
+fn varint(bytes: &mut &[u8]) -> u64 {
+    let mut value = 0;
+    for shift in (0..).step_by(7) {
+        let (first, rest) = bytes.split_first().unwrap();
+        *bytes = rest;
+        value |= u64::from(first & 0x7f) << shift;
+        if first & 0x80 == 0 {
+            break;
+        }
+    }
+    value
+}
+
+fn lines(text: &str) -> Vec<&str> {
+    text.trim().lines().map(str::trim).collect()
+}
+
+#[test]
+fn a_workload_has_the_published_numbers() {
+    let bytes = resource(ResourceKind::Address, "Kubernetes//Pod/shop/web-7d4f-x2");
+    let expected = r#"
+        1
+        1.1: "web-7d4f-x2"
+        1.2: "shop"
+        1.3: [10, 1, 0, 2]
+        1.5: 1
+        1.6: "example.org"
+        1.7: "web"
+        1.9: "node-a"
+        1.10: "web"
+        1.11: "v2"
+        1.13: "web"
+        1.16: "shop/some"
+        1.17: 1
+        1.18: "Kubernetes"
+        1.20: "Kubernetes//Pod/shop/web-7d4f-x2"
+        1.22
+        1.22.1: "shop/web.shop.svc.cluster.local"
+        1.22.2
+        1.22.2.1
+        1.22.2.1.1: 80
+        1.22.2.1.2: 8080
+    "#;
+    assert_eq!(lines(&dump(&bytes, &["1", "1.22", "1.22.2", "1.22.2.1"])), lines(expected));
+}
+
+#[test]
+fn a_service_has_the_published_numbers() {
+    let bytes = resource(ResourceKind::Address, "shop/web.shop.svc.cluster.local");
+    let expected = r#"
+        2
+        2.1: "web"
+        2.2: "shop"
+        2.3: "web.shop.svc.cluster.local"
+        2.4
+        2.4.2: [10, 96, 0, 9]
+        2.5
+        2.5.1: 80
+        2.8
+        2.8.1: [4]
+        2.8.2: 1
+        2.9: 1
+    "#;
+    assert_eq!(lines(&dump(&bytes, &["2", "2.4", "2.5", "2.8"])), lines(expected));
+}
+
+#[test]
+fn an_authorization_has_the_published_numbers() {
+    let bytes = resource(ResourceKind::Authorization, "shop/some");
+    let matches = "5.1.2";
+    let messages = ["5", "5.1", matches, "5.1.2.2", "5.1.2.3", "5.1.2.5", "5.1.2.11"];
+    // 8080 and 9090 are packed.
+    let expected = r#"
+        1: "some"
+        2: "shop"
+        3: 2
+        4: 1
+        5
+        5.1
+        5.1.2
+        5.1.2.2
+        5.1.2.2.1: "bank"
+        5.1.2.3
+        5.1.2.3.3: "/ns/shop/sa/cart"
+        5.1.2.5
+        5.1.2.5.1: [10, 0, 0, 0]
+        5.1.2.5.2: 8
+        5.1.2.11
+        5.1.2.11.1: "shop"
+        5.1.2.11.2: "cart"
+        5.1
+        5.1.2
+        5.1.2.9: [144, 63]
+        5.1.2.10: [130, 71]
+        6: 1
+    "#;
+    assert_eq!(lines(&dump(&bytes, &messages)), lines(expected));
+}
+
+#[test]
+fn the_certificate_service_has_the_published_numbers() {
+    let identity = Value { kind: Some(Kind::StringValue("spiffe://td/ns/a/sa/b".to_owned())) };
+    let request = IstioCertificateRequest {
+        csr: "csr".to_owned(),
+        validity_duration: 300,
+        metadata: Some(Struct { fields: [("ImpersonatedIdentity".to_owned(), identity)].into() }),
+    };
+    let expected = r#"
+        1: "csr"
+        3: 300
+        4
+        4.1
+        4.1.1: "ImpersonatedIdentity"
+        4.1.2
+        4.1.2.3: "spiffe://td/ns/a/sa/b"
+    "#;
+    assert_eq!(lines(&dump(&request.encode_to_vec(), &["4", "4.1", "4.1.2"])), lines(expected));
+    let response = IstioCertificateResponse { cert_chain: vec!["leaf".to_owned(), "root".to_owned()] };
+    assert_eq!(lines(&dump(&response.encode_to_vec(), &[])), ["1: \"leaf\"", "1: \"root\""]);
+}
+
+#[test]
+fn discovery_has_the_published_numbers() {
+    let request = DeltaDiscoveryRequest {
+        node: Some(Node { id: "n".to_owned(), cluster: "c".to_owned(), metadata: None }),
+        type_url: "t".to_owned(),
+        resource_names_subscribe: vec!["s".to_owned()],
+        resource_names_unsubscribe: vec!["u".to_owned()],
+        initial_resource_versions: [("r".to_owned(), "v".to_owned())].into(),
+        response_nonce: "o".to_owned(),
+        error_detail: Some(Status { code: 3, message: "m".to_owned() }),
+    };
+    let expected = r#"
+        1
+        1.1: "n"
+        1.2: "c"
+        2: "t"
+        3: "s"
+        4: "u"
+        5
+        5.1: "r"
+        5.2: "v"
+        6: "o"
+        7
+        7.1: 3
+        7.2: "m"
+    "#;
+    assert_eq!(lines(&dump(&request.encode_to_vec(), &["1", "5", "7"])), lines(expected));
+    let response = DeltaDiscoveryResponse {
+        system_version_info: "i".to_owned(),
+        resources: vec![Resource {
+            version: "v".to_owned(),
+            resource: Some(Any { type_url: "t".to_owned(), value: vec![0] }),
+            name: "n".to_owned(),
+            aliases: vec!["a".to_owned()],
+        }],
+        type_url: "t".to_owned(),
+        nonce: "o".to_owned(),
+        removed_resources: vec!["g".to_owned()],
+    };
+    let expected = r#"
+        1: "i"
+        2
+        2.1: "v"
+        2.2
+        2.2.1: "t"
+        2.2.2: [0]
+        2.3: "n"
+        2.4: "a"
+        4: "t"
+        5: "o"
+        6: "g"
+    "#;
+    assert_eq!(lines(&dump(&response.encode_to_vec(), &["2", "2.2"])), lines(expected));
+}
