@@ -9,6 +9,7 @@ mod findings;
 mod pod;
 mod podless;
 mod policies;
+mod residents;
 mod resource;
 mod service;
 #[cfg(test)]
@@ -29,6 +30,7 @@ use self::findings::Findings;
 use self::pod::{PodRecord, enrolment};
 use self::podless::Podless;
 use self::policies::Policies;
+pub use self::residents::Residents;
 pub use self::resource::{Resource, ResourceKind};
 use self::service::ServiceRecord;
 use super::source::{Change, Kind, Object, ObjectKey};
@@ -65,10 +67,6 @@ pub struct Update {
     /// The namespaces with enrolled pods, if they changed.
     pub namespaces: Option<BTreeSet<Arc<str>>>,
 }
-
-/// The identities of the enrolled pods of each node. Cheap to copy.
-#[derive(Clone, Debug, Default)]
-pub struct Residents(imbl::HashMap<(Arc<str>, SpiffeId), u32>);
 
 /// A namespaced object's name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -431,13 +429,10 @@ impl Index {
             if !self.accounts.contains(&account) && &*account.name != "default" {
                 debug!(pod = %name, %account, "the pod's service account is not known");
             }
-            *self.residents.0.entry(now).or_insert(0) += 1;
+            self.residents.enter(now);
         }
         if let Some(before) = before {
-            match self.residents.0.get_mut(&before) {
-                Some(count) if *count > 1 => *count -= 1,
-                _ => drop(self.residents.0.remove(&before)),
-            }
+            self.residents.leave(&before);
         }
     }
 
@@ -469,14 +464,6 @@ impl Index {
                 ));
             }
         }
-    }
-}
-
-impl Residents {
-    /// Whether an enrolled pod on `node` has this identity.
-    #[must_use]
-    pub fn contains(&self, node: &str, identity: &SpiffeId) -> bool {
-        self.0.contains_key(&(Arc::from(node), identity.clone()))
     }
 }
 
