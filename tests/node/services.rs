@@ -37,7 +37,7 @@ fn ask(client: &Pod, to: SocketAddr) -> io::Result<(String, SocketAddr)> {
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let (name, seen) = answer.split_once(' ').ok_or(ErrorKind::UnexpectedEof)?;
-    let seen = seen.parse().map_err(|_| io::Error::from(ErrorKind::InvalidData))?;
+    let seen = seen.parse().map_err(|_no_address| io::Error::from(ErrorKind::InvalidData))?;
     Ok((name.to_owned(), seen))
 }
 
