@@ -7,10 +7,14 @@
 //! Both directions run in the connection's one task, and nothing is allocated, locked or handed to another task to move bytes:
 //! see [`buffer`] for where they pass through.
 
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io::{IoSlice, IoSliceMut};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::time::Sleep;
 
 use crate::model::CloseReason;
 
@@ -19,6 +23,10 @@ pub mod cancel;
 pub mod tcp;
 
 pub use cancel::Cancel;
+
+/// How long what came before a reset of its source may wait for a slow sink; then the reset overtakes it, as it would without a relay.
+/// Who reads gets it all in that time.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// The endpoint broke: its far end reset it, or the way to it failed.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +43,13 @@ pub trait Source: Send {
 
     /// Takes away as many bytes as have been passed on; the far end may send as many again.
     fn consume(&mut self, bytes: usize);
+
+    /// Whether there are bytes that have not been taken away.
+    fn holds(&self) -> bool;
+
+    /// Waits until the endpoint breaks while nothing is read. May never end, and may leave the notice to the sink half. What has
+    /// come before can still be read.
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken>;
 
     /// Reads straight into `spaces`, which are not empty, and says how many bytes; 0 when the far end has finished.
     fn poll_read(&mut self, cx: &mut Context<'_>, spaces: &mut [IoSliceMut<'_>]) -> Poll<Result<usize, Broken>> {
@@ -54,6 +69,9 @@ pub trait Sink: Send {
     /// Moves bytes from `source` into this sink, and says how many; 0 when the source has finished. Waits for bytes, and while the
     /// far end is slow.
     fn poll_move<S: Source>(&mut self, cx: &mut Context<'_>, source: &mut S) -> Poll<Result<usize, Fault>>;
+
+    /// Whether bytes that were taken wait for the far end.
+    fn holds(&self) -> bool;
 
     /// Says that no more bytes come, when all that were taken are on their way.
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>>;
@@ -160,6 +178,8 @@ struct Pump {
     finishing: bool,
     /// The sink knows.
     done: bool,
+    /// The source has broken: until this ends, what came before goes first.
+    grace: Option<Pin<Box<Sleep>>>,
 }
 
 impl Pump {
@@ -176,12 +196,25 @@ impl Pump {
                 Poll::Ready(Ok(0)) => self.finishing = true,
                 Poll::Ready(Ok(bytes)) => drop(count.fetch_add(bytes as u64, Ordering::Relaxed)),
                 Poll::Ready(Err(fault)) => return Poll::Ready(Err(fault)),
-                Poll::Pending => return sink.poll_broken(cx).map(|Broken(_)| Err(Fault::Sink)),
+                Poll::Pending if sink.poll_broken(cx).is_ready() => return Poll::Ready(Err(Fault::Sink)),
+                Poll::Pending => return self.poll_overtaken(cx, source, sink),
             }
         }
         let finished = ready!(sink.poll_finish(cx));
         self.done = finished.is_ok();
         Poll::Ready(finished.map_err(|Broken(_)| Fault::Sink))
+    }
+
+    /// While the sink takes nothing nobody reads from the source, so that its reset does not show: then it is watched.
+    fn poll_overtaken<S: Source, K: Sink>(&mut self, cx: &mut Context<'_>, source: &mut S, sink: &K) -> Poll<Result<(), Fault>> {
+        if self.grace.is_none() {
+            if !source.holds() && !sink.holds() {
+                return Poll::Pending;
+            }
+            ready!(source.poll_broken(cx));
+        }
+        let grace = self.grace.get_or_insert_with(|| Box::pin(tokio::time::sleep(GRACE)));
+        grace.as_mut().poll(cx).map(|()| Err(Fault::Source))
     }
 }
 

@@ -99,6 +99,7 @@ fn decide(ctx: &SockAddrContext, address: Address) -> Decision {
     };
     match namespace.state() {
         NamespaceState::Exempt => return Decision::Done(Outcome::PassedOutside),
+        NamespaceState::Pending if address.is_local() => return Decision::Done(Outcome::PassedLocal),
         NamespaceState::Pending => {
             let flow = Flow { source: Endpoint::default(), destination };
             maps::tell(&Event::unseen_namespace(process, netns_cookie, flow));
@@ -132,9 +133,13 @@ fn decide(ctx: &SockAddrContext, address: Address) -> Decision {
     Decision::Redirect(own)
 }
 
-/// A namespace that the agent has not seen: it may be a pod that has just started, so it is refused until the agent knows.
+/// A namespace that the agent has not seen: it may be a pod that has just started, so that what would leave it is refused until the
+/// agent knows.
 #[inline(always)]
 fn unseen(ctx: &SockAddrContext, settings: &Settings, netns_cookie: u64, process: u32, destination: Endpoint) -> Outcome {
+    if destination.address().is_local() {
+        return Outcome::PassedLocal;
+    }
     let [first, second] = settings.host_cookies;
     if netns_cookie == first || netns_cookie == second || is_agent(process) {
         return Outcome::PassedOutside;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use harness::{Mesh, Pod, PodSpec, app, eventually};
+use harness::{Mesh, Namespace, Pod, PodSpec, app, eventually};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
@@ -198,6 +198,27 @@ fn the_unspecified_address_is_the_pod_itself() {
     }
     let after = stage.mesh.metrics(1).sum("culvert_capture_outcomes_total", &["outcome=\"captured\""]);
     assert_eq!(after, before, "captured what is the pod's own");
+}
+
+#[test]
+fn localhost_is_never_refused_not_even_before_the_agent_knows_the_namespace() {
+    let stage = Stage::new();
+    let outside = SocketAddr::from(([10, 77, 0, 1], 15012));
+    let mut refused = 0;
+    for round in 0..20 {
+        let young = Namespace::new(&format!("cv{}-young{round}", std::process::id()));
+        let answers = young.run(move || {
+            let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, PORT)).expect("a free port");
+            let local = ["127.0.0.1:8080", "[::1]:8080"].map(|to| TcpStream::connect(to).map(drop));
+            drop(listener);
+            (local, TcpStream::connect(outside).map(drop))
+        });
+        let (local, left) = answers;
+        assert!(local.iter().all(Result::is_ok), "round {round}: {local:?}");
+        refused += usize::from(left.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused));
+    }
+    assert!(refused > 0, "no namespace was young enough to show anything");
+    drop(stage);
 }
 
 #[test]

@@ -85,6 +85,8 @@ pub struct Index {
     accounts: BTreeSet<ObjectName>,
     services: BTreeMap<ObjectName, ServiceRecord>,
     slices: Slices,
+    /// The endpoints without a pod that have a resource.
+    served_podless: BTreeSet<Podless>,
     policies: Policies,
     nodes: BTreeMap<String, Vec<IpNet>>,
     residents: Residents,
@@ -122,6 +124,7 @@ impl Index {
             accounts: BTreeSet::new(),
             services: BTreeMap::new(),
             slices: Slices::default(),
+            served_podless: BTreeSet::new(),
             nodes: BTreeMap::new(),
             residents: Residents::default(),
             residence: HashMap::new(),
@@ -187,7 +190,14 @@ impl Index {
             update.resources.push((ResourceKind::Address, resource::uid(name), self.workload(name)));
         }
         for endpoint in &stale.podless {
-            update.resources.push((ResourceKind::Address, endpoint.uid(), self.podless(endpoint)));
+            let resource = self.podless(endpoint);
+            let was_served = match resource {
+                Some(_) => !self.served_podless.insert(endpoint.clone()),
+                None => self.served_podless.remove(endpoint),
+            };
+            if was_served || resource.is_some() {
+                update.resources.push((ResourceKind::Address, endpoint.uid(), resource));
+            }
         }
         if stale.mesh {
             update.resources.push((ResourceKind::Mesh, "mesh".into(), Some(self.mesh())));

@@ -27,15 +27,20 @@ pub struct TcpSource {
     held: Option<Buffer>,
     filled: Range<usize>,
     wanted: Size,
+    watch: Watch,
 }
 
+/// Waits for an error of a connection while nobody reads from it; made when it is first needed, which is never for most.
+#[derive(Default)]
+pub(crate) struct Watch(Option<Pin<Box<dyn Future<Output = ()> + Send>>>);
+
 /// The half that writes. Dropped before it has finished, it resets the connection.
+#[derive(Debug)]
 pub struct TcpSink {
     stream: Arc<TcpStream>,
     /// The far end has finished.
     read_finished: Arc<AtomicBool>,
-    /// Waits for an error of the connection, when nobody reads from it any more.
-    watch: Option<Pin<Box<dyn Future<Output = io::Error> + Send>>>,
+    watch: Watch,
     end: ResetOnDrop,
 }
 
@@ -58,8 +63,15 @@ enum Ending {
 pub fn split(stream: TcpStream) -> (TcpSource, TcpSink) {
     let (stream, finished) = (Arc::new(stream), Arc::new(AtomicBool::new(false)));
     let (read_finished, end) = (Arc::clone(&finished), ResetOnDrop::new(&stream));
-    let source = TcpSource { stream: Arc::clone(&stream), finished, held: None, filled: 0..0, wanted: Size::default() };
-    (source, TcpSink { stream, read_finished, watch: None, end })
+    let source = TcpSource {
+        stream: Arc::clone(&stream),
+        finished,
+        held: None,
+        filled: 0..0,
+        wanted: Size::default(),
+        watch: Watch::default(),
+    };
+    (source, TcpSink { stream, read_finished, watch: Watch::default(), end })
 }
 
 /// Makes the coming close of a connection a reset, not an end of file.
@@ -137,6 +149,14 @@ impl Source for TcpSource {
         }
     }
 
+    fn holds(&self) -> bool {
+        !self.filled.is_empty()
+    }
+
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
+        self.watch.poll(&self.stream, cx)
+    }
+
     fn poll_read(&mut self, cx: &mut Context<'_>, spaces: &mut [IoSliceMut<'_>]) -> Poll<Result<usize, Broken>> {
         let bytes = ready!(poll_receive(&self.stream, cx, spaces))?;
         if bytes == 0 {
@@ -158,6 +178,11 @@ impl Sink for TcpSink {
         Poll::Ready(Ok(sent))
     }
 
+    /// What is not sent at once stays with the source.
+    fn holds(&self) -> bool {
+        false
+    }
+
     fn poll_finish(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         self.end.disarm();
         Poll::Ready(SockRef::from(&*self.stream).shutdown(std::net::Shutdown::Write).map_err(Broken))
@@ -168,10 +193,7 @@ impl Sink for TcpSink {
         if !self.read_finished.load(Ordering::Relaxed) {
             return Poll::Pending;
         }
-        let watch = self.watch.get_or_insert_with(|| Box::pin(error_of(Arc::clone(&self.stream))));
-        let error = ready!(watch.as_mut().poll(cx));
-        self.watch = None;
-        Poll::Ready(Broken(error))
+        self.watch.poll(&self.stream, cx)
     }
 
     fn reset(&mut self) {
@@ -179,9 +201,24 @@ impl Sink for TcpSink {
     }
 }
 
-impl fmt::Debug for TcpSink {
+impl Watch {
+    /// Waits until the kernel says that the connection has broken. The error itself is left for whoever reads.
+    pub(crate) fn poll(&mut self, stream: &Arc<TcpStream>, cx: &mut Context<'_>) -> Poll<Broken> {
+        let watch = self.0.get_or_insert_with(|| {
+            let stream = Arc::clone(stream);
+            Box::pin(async move {
+                let _broken_either_way = stream.ready(Interest::ERROR).await;
+            })
+        });
+        ready!(watch.as_mut().poll(cx));
+        self.0 = None;
+        Poll::Ready(Broken(io::ErrorKind::ConnectionReset.into()))
+    }
+}
+
+impl fmt::Debug for Watch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TcpSink").field("stream", &self.stream).field("end", &self.end).finish_non_exhaustive()
+        f.debug_tuple("Watch").field(&self.0.is_some()).finish()
     }
 }
 
@@ -213,12 +250,5 @@ impl Drop for ResetOnDrop {
         if self.end == Ending::Armed {
             self.reset();
         }
-    }
-}
-
-async fn error_of(stream: Arc<TcpStream>) -> io::Error {
-    match stream.ready(Interest::ERROR).await {
-        Ok(_) => stream.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
-        Err(error) => error,
     }
 }

@@ -144,3 +144,37 @@ async fn a_slow_reader_slows_its_writer() {
     assert!(written < 64 << 20, "{written} bytes were taken although nobody reads");
     drop(relayed.server);
 }
+
+#[tokio::test]
+async fn a_reset_overtakes_what_a_reader_that_has_stopped_does_not_take() {
+    let mut relayed = Relayed::start().await;
+    let block = vec![0; 1 << 20];
+    while tokio::time::timeout(Duration::from_millis(200), relayed.client.write(&block)).await.is_ok() {}
+    reset(relayed.client);
+    assert_eq!(tokio::time::timeout(GRACE * 5, relayed.task).await.expect("the relay ends").unwrap(), End::NearBroke);
+    let server = relayed.server;
+    tokio::time::timeout(GRACE, server.ready(tokio::io::Interest::ERROR)).await.expect("the server is told").unwrap();
+}
+
+#[tokio::test]
+async fn what_has_come_before_a_reset_goes_to_a_reader_that_reads_before_it() {
+    let mut relayed = Relayed::start().await;
+    // More than the far socket takes at once.
+    let block = vec![7; 1 << 20];
+    let mut written = 0;
+    while let Ok(bytes) = tokio::time::timeout(Duration::from_millis(200), relayed.client.write(&block)).await {
+        written += bytes.unwrap();
+    }
+    let counted = relayed.counts.0.load(Ordering::Relaxed);
+    // A reset throws away what its own socket has not sent; what the relay's socket has received is the relay's to deliver.
+    reset(relayed.client);
+    let mut seen = 0;
+    let kind = loop {
+        match relayed.server.read(&mut vec![0; 1 << 20]).await {
+            Ok(bytes) => seen += bytes as u64,
+            Err(error) => break error.kind(),
+        }
+    };
+    assert_eq!(kind, std::io::ErrorKind::ConnectionReset);
+    assert!(seen >= counted && written > 0, "{seen} of {counted} bytes that were taken before the reset");
+}

@@ -263,6 +263,15 @@ impl Source for HboneSource {
         // Refused only when more is given back than was taken, or when the stream is gone.
         let _gone = self.stream.flow_control().release_capacity(bytes);
     }
+
+    fn holds(&self) -> bool {
+        !self.chunk.is_empty()
+    }
+
+    /// The sink half hears of it.
+    fn poll_broken(&mut self, _cx: &mut Context<'_>) -> Poll<Broken> {
+        Poll::Pending
+    }
 }
 
 impl HboneSink {
@@ -293,6 +302,10 @@ impl Sink for HboneSink {
             Poll::Ready(Err(Broken(_))) => Poll::Ready(Err(Fault::Sink)),
             Poll::Ready(Ok(())) | Poll::Pending => Poll::Ready(Ok(bytes)),
         }
+    }
+
+    fn holds(&self) -> bool {
+        !self.pending.is_empty()
     }
 
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {

@@ -30,7 +30,7 @@ use bytes::Bytes;
 
 use super::tls_stream::{RecordReader, RecordWriter, TlsStream};
 use crate::model::CloseReason;
-use crate::relay::tcp::ResetOnDrop;
+use crate::relay::tcp::{ResetOnDrop, Watch};
 use crate::relay::{Broken, Fault, Sink, Slices, Source};
 
 mod frame;
@@ -63,6 +63,7 @@ pub struct SingleSource {
     /// What was found of the stream and not passed on.
     data: Vec<Range<usize>>,
     finished: bool,
+    watch: Watch,
 }
 
 /// The half of a stream that takes bytes. Dropped before it has finished, it resets the stream.
@@ -124,8 +125,15 @@ impl Idle {
         let read_finished = Arc::new(AtomicBool::new(false));
         let end = ResetOnDrop::new(writer.socket());
         let sink = SingleSink { writer, read_finished: Arc::clone(&read_finished), finishing: false, end };
-        let source =
-            SingleSource { reader, read_finished, frames: Frames::default(), payload: 0..0, data: Vec::new(), finished: false };
+        let source = SingleSource {
+            reader,
+            read_finished,
+            frames: Frames::default(),
+            payload: 0..0,
+            data: Vec::new(),
+            finished: false,
+            watch: Watch::default(),
+        };
         (source, sink)
     }
 }
@@ -223,6 +231,15 @@ impl Source for SingleSource {
             self.reader.release();
         }
     }
+
+    fn holds(&self) -> bool {
+        !self.data.is_empty()
+    }
+
+    /// Watches the connection itself: what waits in it is not read.
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
+        self.watch.poll(self.reader.socket(), cx)
+    }
 }
 
 impl SingleSink {
@@ -254,6 +271,10 @@ impl SingleSink {
 impl Sink for SingleSink {
     fn poll_move<S: Source>(&mut self, cx: &mut Context<'_>, source: &mut S) -> Poll<Result<usize, Fault>> {
         self.writer.poll_move(cx, source, frame::data_head)
+    }
+
+    fn holds(&self) -> bool {
+        self.writer.holds()
     }
 
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {

@@ -69,6 +69,20 @@ impl Source for StreamSource {
             Self::Single(source) => source.consume(bytes),
         }
     }
+
+    fn holds(&self) -> bool {
+        match self {
+            Self::Hbone(source) => source.holds(),
+            Self::Single(source) => source.holds(),
+        }
+    }
+
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
+        match self {
+            Self::Hbone(source) => source.poll_broken(cx),
+            Self::Single(source) => source.poll_broken(cx),
+        }
+    }
 }
 
 impl Sink for StreamSink {
@@ -76,6 +90,13 @@ impl Sink for StreamSink {
         match self {
             Self::Hbone(sink) => sink.poll_move(cx, source),
             Self::Single(sink) => sink.poll_move(cx, source),
+        }
+    }
+
+    fn holds(&self) -> bool {
+        match self {
+            Self::Hbone(sink) => sink.holds(),
+            Self::Single(sink) => sink.holds(),
         }
     }
 

@@ -177,6 +177,11 @@ impl RecordReader {
         }
     }
 
+    /// The socket.
+    pub(super) fn socket(&self) -> &Arc<TcpStream> {
+        &self.stream
+    }
+
     /// Gives the buffer up, if nothing waits in it.
     pub(super) fn release(&mut self) {
         if self.sealed.is_empty() {
@@ -328,6 +333,11 @@ impl RecordWriter {
     /// The socket.
     pub(super) fn socket(&self) -> &Arc<TcpStream> {
         &self.stream
+    }
+
+    /// Whether something that was taken has not been sent.
+    pub(super) fn holds(&self) -> bool {
+        self.buffer.is_some()
     }
 
     /// Waits until nothing is pending, and changes the key if it is time.

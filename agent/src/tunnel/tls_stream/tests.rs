@@ -38,6 +38,14 @@ impl Source for Bytes<'_> {
     fn consume(&mut self, bytes: usize) {
         self.0 = &self.0[bytes..];
     }
+
+    fn holds(&self) -> bool {
+        !self.0.is_empty()
+    }
+
+    fn poll_broken(&mut self, _cx: &mut Context<'_>) -> Poll<Broken> {
+        Poll::Pending
+    }
 }
 
 type Configs = (Arc<rustls::ClientConfig>, Arc<rustls::ServerConfig>);
