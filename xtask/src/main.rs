@@ -2,6 +2,7 @@
 
 mod bench;
 mod check;
+mod cluster;
 mod generated;
 mod image;
 mod launch;
@@ -49,6 +50,8 @@ enum Verb {
         /// Only tests whose names contain this.
         filter: Option<String>,
     },
+    /// A Kubernetes cluster on this machine: made, looked at, disturbed and removed.
+    Cluster(cluster::Arguments),
     /// Shows the main job: two nodes, four pods, nginx and curl, beside what the wire sees.
     Demo {
         /// Leaves everything running, and says how to use it.
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
         Verb::Image(args) => image::make(&args),
         Verb::Gen => generated::write(),
         Verb::Test { suite, filter } => test::run(suite, filter.as_deref()),
+        Verb::Cluster(arguments) => cluster::run(arguments),
         Verb::Demo { keep, remove } => launch::demo(keep, remove),
         Verb::Bench(arguments) => bench::bench(&arguments),
     };
