@@ -107,6 +107,13 @@ pub(crate) struct Up {
     pub(crate) images: Vec<PathBuf>,
 }
 
+impl Up {
+    /// Two nodes, as this machine can have them.
+    pub(crate) fn two_nodes() -> Self {
+        Self { nodes: 2, kubernetes_from_source: false, kind: false, images: Vec::new() }
+    }
+}
+
 /// What of a cluster can be stopped and started.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
@@ -186,6 +193,11 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
+    /// The cluster of that name, which need not be up.
+    pub(crate) fn named(name: &str) -> Result<Self> {
+        Ok(Self { name: parse_name(name)? })
+    }
+
     /// All files of the cluster.
     fn dir(&self) -> PathBuf {
         Path::new("/run/culvert-cluster").join(&self.name)
@@ -229,7 +241,7 @@ impl Cluster {
         self.maker().with_context(|| format!("no cluster {} is up: `cargo xtask cluster up` makes one", self.name))
     }
 
-    /// Makes the cluster. One that is up stays as it is, and gets the images.
+    /// Makes the cluster. One that is up stays as it is, and gets the images anew.
     ///
     /// # Errors
     /// What could not be made; what was made until then has been removed again.
@@ -243,7 +255,8 @@ impl Cluster {
                 self.name
             );
             eprintln!("cluster {} is up, made {}", self.name, maker.way());
-            self.import(&up.images)?;
+            images::own(&self.path("images"))?;
+            self.import(&[&[self.path("images")], up.images.as_slice()].concat())?;
         } else {
             let maker = choose(up)?;
             std::fs::create_dir_all(self.dir())?;
@@ -283,7 +296,8 @@ impl Cluster {
         if maker == Maker::Source {
             source_cluster::status(self);
         }
-        crate::run::run(self.kubectl()?.args(["get", "nodes", "--output", "wide"]))
+        let mut kubectl = std::process::Command::new(self.kubectl_program()?);
+        crate::run::run(kubectl.arg("--kubeconfig").arg(self.kubeconfig()).args(["get", "nodes", "--output", "wide"]))
     }
 
     fn import(&self, directories: &[PathBuf]) -> Result<()> {
@@ -303,13 +317,13 @@ impl Cluster {
         Ok(names.lines().map(str::to_owned).collect())
     }
 
-    /// kubectl, as this cluster's administrator.
-    fn kubectl(&self) -> Result<std::process::Command> {
+    /// The cluster's own kubectl, or the one on the PATH.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub(crate) fn kubectl_program(&self) -> Result<PathBuf> {
         let own = self.path("bin/kubectl");
-        let program = if own.exists() { own } else { setup::find("kubectl").context("no kubectl on the PATH")? };
-        let mut command = std::process::Command::new(program);
-        command.arg("--kubeconfig").arg(self.kubeconfig());
-        Ok(command)
+        if own.exists() { Ok(own) } else { setup::find("kubectl").context("no kubectl on the PATH") }
     }
 }
 

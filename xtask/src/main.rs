@@ -49,6 +49,8 @@ enum Verb {
         suite: Option<test::Suite>,
         /// Only tests whose names contain this.
         filter: Option<String>,
+        #[command(flatten)]
+        cluster: test::ClusterOptions,
     },
     /// A Kubernetes cluster on this machine: made, looked at, disturbed and removed.
     Cluster(cluster::Arguments),
@@ -72,7 +74,7 @@ fn main() -> ExitCode {
         Verb::Check => check::all(),
         Verb::Image(args) => image::make(&args),
         Verb::Gen => generated::write(),
-        Verb::Test { suite, filter } => test::run(suite, filter.as_deref()),
+        Verb::Test { suite, filter, cluster } => test::run(suite, filter.as_deref(), &cluster),
         Verb::Cluster(arguments) => cluster::run(arguments),
         Verb::Demo { keep, remove } => launch::demo(keep, remove),
         Verb::Bench(arguments) => bench::bench(&arguments),

@@ -3,6 +3,7 @@
 
 #![expect(clippy::print_stdout, reason = "what it tells is its purpose")]
 
+mod capture;
 mod connect;
 mod grpc;
 mod pause;
@@ -27,6 +28,8 @@ enum Verb {
         /// Where.
         server: String,
     },
+    /// Keeps what passes the links of its network namespace, and answers questions about it.
+    Capture,
     /// Connects again and again, keeps one connection busy, and tells of each second.
     Traffic(traffic::Arguments),
 }
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
         Verb::Serve(ports) => serve::run(&ports),
         Verb::Connect(arguments) => connect::run(&arguments),
         Verb::GrpcHealth { server } => grpc::check(&server),
+        Verb::Capture => capture::run(),
         Verb::Traffic(arguments) => traffic::run(&arguments),
     };
     match done {
