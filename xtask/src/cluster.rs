@@ -208,6 +208,11 @@ impl Cluster {
         self.dir().join(name)
     }
 
+    /// This program, as it was when the cluster was made: a cluster outlives many builds.
+    fn own_program(&self) -> PathBuf {
+        self.path("bin/xtask")
+    }
+
     /// Before the name of each network namespace and cgroup of the cluster.
     fn prefix(&self) -> String {
         format!("culvert-{}-", self.name)

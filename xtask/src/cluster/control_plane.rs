@@ -83,7 +83,7 @@ fn start_program(cluster: &Cluster, program: &str, arguments: &[String], ready: 
 
 /// Starts a verb of our own. It enters the control plane's namespace itself, when it has what it needs of this machine's.
 fn start_own(cluster: &Cluster, verb: &str, ready: Ready) -> Result<()> {
-    let mut command = Command::new(std::env::current_exe()?);
+    let mut command = Command::new(cluster.own_program());
     processes::start(cluster, verb, command.args(["cluster", "--name", &cluster.name, verb]), ready)
 }
 

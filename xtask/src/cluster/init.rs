@@ -37,7 +37,7 @@ pub(super) fn run(node: &Node<'_>) -> Result<()> {
         node.join_cgroups()?;
         let mut command = Command::new("unshare");
         command.args(["--mount", "--uts", "--ipc", "--pid", "--cgroup", "--fork", "--kill-child", "--"]);
-        command.arg(std::env::current_exe()?).args(["cluster", "--name", &node.cluster().name, "init", &node.name()]);
+        command.arg(node.cluster().own_program()).args(["cluster", "--name", &node.cluster().name, "init", &node.name()]);
         return Err(command.exec()).context("starting unshare");
     }
     let mut children = SigSet::empty();

@@ -133,7 +133,7 @@ impl<'a> Node<'a> {
     /// A program that will run in the node; the first argument names it.
     fn enter(&self) -> Result<Command> {
         self.nsenter()?;
-        let mut command = Command::new(std::env::current_exe()?);
+        let mut command = Command::new(self.cluster.own_program());
         command.args(["cluster", "--name", &self.cluster.name, "exec", &self.name()]);
         Ok(command)
     }
@@ -152,7 +152,7 @@ impl<'a> Node<'a> {
         let log = self.cluster.path("log");
         fs::create_dir_all(&log)?;
         let log = fs::File::options().create(true).append(true).open(log.join(format!("{}-init.log", self.name())))?;
-        let mut command = network::inside(&self.netns(), std::env::current_exe()?);
+        let mut command = network::inside(&self.netns(), self.cluster.own_program());
         command.args(["cluster", "--name", &self.cluster.name, "init", &self.name()]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).process_group(0);
         let mut child = command.spawn().context("starting a node")?;

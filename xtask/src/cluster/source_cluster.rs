@@ -25,6 +25,7 @@ pub(super) fn up(cluster: &Cluster, up: &Up) -> Result<()> {
     fs::write(cluster.path("nodes"), names.join("\n"))?;
     fs::write(cluster.path("maker"), Maker::Source.word())?;
     copy_programs(&programs, &cluster.path("bin"))?;
+    fs::copy("/proc/self/exe", cluster.own_program()).context("copying this program")?;
     let mut archives = images::own(&cluster.path("images"))?;
     for directory in &up.images {
         archives.extend(images::archives(directory)?);
