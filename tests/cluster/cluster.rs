@@ -100,3 +100,28 @@ fn a_privileged_daemon_set_sees_programs_cgroups_and_processes_of_its_node() {
         assert!(look("nslookup kubernetes.default.svc.cluster.local").contains("10.96.0.1"), "no names");
     }
 }
+
+#[test]
+fn the_api_server_keeps_custom_resources_and_takes_only_those_that_fit_their_schema() {
+    let cluster = Cluster;
+    let field = json!({"type": "object", "additionalProperties": {"type": "string"}});
+    let schema = json!({"openAPIV3Schema": {"type": "object", "properties": {"spec": field}}});
+    cluster.apply(&json!({
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": "samples.test.culvert.dev"},
+        "spec": {
+            "group": "test.culvert.dev",
+            "scope": "Namespaced",
+            "names": {"plural": "samples", "singular": "sample", "kind": "Sample"},
+            "versions": [{"name": "v1", "served": true, "storage": true, "schema": schema}],
+        },
+    }));
+    cluster.wait_condition("", "crd/samples.test.culvert.dev", "Established");
+    let sample = |spec| json!({"apiVersion": "test.culvert.dev/v1", "kind": "Sample", "metadata": {"name": "one"}, "spec": spec});
+    cluster.apply(&sample(json!({"b": "2", "a": "1"})));
+    assert_eq!(cluster.get("default", "sample", "one")["spec"], json!({"a": "1", "b": "2"}));
+    let refused = cluster.try_apply(&sample(json!({"a": 1})).to_string()).expect_err("a number is no string");
+    assert!(refused.contains("spec.a"), "{refused}");
+    cluster.kubectl(&["delete", "crd", "samples.test.culvert.dev"]);
+}

@@ -90,9 +90,17 @@ impl Cluster {
     /// # Panics
     /// When the API server does not take it.
     pub fn apply_text(&self, manifest: &str) {
-        if let Err(error) = run(kubectl().args(["apply", "--filename=-"]), manifest) {
+        if let Err(error) = self.try_apply(manifest) {
             panic!("applying {manifest}: {error}");
         }
+    }
+
+    /// The same, where the API server may have something against it.
+    ///
+    /// # Errors
+    /// What the API server has against it.
+    pub fn try_apply(&self, manifest: &str) -> Result<String, String> {
+        run(kubectl().args(["apply", "--filename=-"]), manifest)
     }
 
     /// An object as it is.

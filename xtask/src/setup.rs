@@ -55,7 +55,11 @@ const CLUSTER: [(&str, &str); 11] = [
     ("/var/lib/dpkg/info/busybox-static.list", "busybox-static"),
 ];
 /// What builds Kubernetes, with Debian's packages that have it.
-const KUBERNETES: [(&str, &str); 2] = [("dpkg-source", "dpkg-dev"), ("/usr/lib/go-1.19/bin/go", "golang-1.19-go")];
+const KUBERNETES: [(&str, &str); 3] = [
+    ("dpkg-source", "dpkg-dev"),
+    ("/usr/lib/go-1.19/bin/go", "golang-1.19-go"),
+    ("/usr/share/gocode/src/github.com/modern-go/reflect2", "golang-github-modern-go-reflect2-dev"),
+];
 /// What links bpf-linker.
 const LINKER_LIBRARIES: [&str; 5] = ["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libzstd-dev", "libxml2-dev"];
 /// A compiler with a `core` for the kernel's target, where rustup has none.

@@ -29,6 +29,10 @@ const VERSION: [&str; 6] = [
     "gitTreeState=clean",
     "buildDate=2021-01-13T00:00:00Z",
 ];
+/// A library that comes with the sources and that this Go has outgrown: encoding a map that holds anything, as each custom resource is, reads
+/// memory that is not there. The distribution's own package of it fits its Go.
+const OUTGROWN: &str = "github.com/modern-go/reflect2";
+const LIBRARIES: &str = "/usr/share/gocode/src";
 const MAIN: &str = include_str!("../../../tests/cluster/kubernetes/main.go");
 
 /// The directory of the programs, which are built if they have not been.
@@ -36,7 +40,7 @@ pub(super) fn programs() -> Result<PathBuf> {
     let cache = cache()?;
     fs::create_dir_all(&cache).with_context(|| format!("making {}", cache.display()))?;
     let mut hasher = DefaultHasher::new();
-    (MAIN, TAGS, VERSION, GO, fs::read_to_string("/etc/os-release").unwrap_or_default()).hash(&mut hasher);
+    (MAIN, TAGS, VERSION, GO, OUTGROWN, fs::read_to_string("/etc/os-release").unwrap_or_default()).hash(&mut hasher);
     let built = cache.join(format!("kubernetes-{:016x}", hasher.finish()));
     let lock = File::create(cache.join("kubernetes.lock"))?;
     lock.lock().context("waiting for another build of Kubernetes")?;
@@ -91,6 +95,7 @@ fn source(work: &Path) -> Result<PathBuf> {
 
 /// Builds the binary, and gives the directory that it is in, with its names beside it.
 fn build(tree: &Path, work: &Path) -> Result<PathBuf> {
+    replace_outgrown(tree)?;
     generate_openapi(tree, work)?;
     let main = tree.join("cmd/culvert-cluster");
     fs::create_dir_all(&main)?;
@@ -110,6 +115,21 @@ fn build(tree: &Path, work: &Path) -> Result<PathBuf> {
         std::os::unix::fs::symlink(BINARY, output.join(program))?;
     }
     Ok(output)
+}
+
+/// Puts the distribution's package of a library in the place of the one that came with the sources.
+fn replace_outgrown(tree: &Path) -> Result<()> {
+    let (ours, place) = (Path::new(LIBRARIES).join(OUTGROWN), tree.join("vendor").join(OUTGROWN));
+    fs::remove_dir_all(&place).with_context(|| format!("removing {}", place.display()))?;
+    fs::create_dir_all(&place)?;
+    for entry in fs::read_dir(&ours).with_context(|| format!("reading {}", ours.display()))? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if entry.file_type()?.is_file() && !name.to_string_lossy().ends_with("_test.go") {
+            fs::copy(entry.path(), place.join(name))?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes the one generated file that the source package lacks.
