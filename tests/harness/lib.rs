@@ -1,9 +1,10 @@
 //! Nodes and pods as network namespaces, with a real controller and real agents, removed again when dropped.
 //!
-//! A [`Mesh`] has a flat network over two nodes, `a` and `b`, each with a namespace, a bridge and an uplink to the fabric between
+//! A [`Cluster`] is a Kubernetes cluster that is up already. A [`Mesh`] has a flat network over two nodes, `a` and `b`, each with a namespace, a bridge and an uplink to the fabric between
 //! them. Pods are namespaces with a veth into their node's bridge. The binary under test is `CULVERT_BIN`.
 
 pub mod app;
+pub mod cluster;
 pub mod mesh;
 pub mod metrics;
 pub mod netns;
@@ -11,6 +12,7 @@ pub mod program;
 pub mod service;
 pub mod wire;
 
+pub use cluster::Cluster;
 pub use mesh::{Mesh, MeshSpec, Pod, PodSpec};
 pub use metrics::Metrics;
 pub use netns::Namespace;

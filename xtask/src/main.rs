@@ -2,6 +2,7 @@
 
 mod bench;
 mod check;
+mod cluster;
 mod generated;
 mod image;
 mod launch;
@@ -48,7 +49,11 @@ enum Verb {
         suite: Option<test::Suite>,
         /// Only tests whose names contain this.
         filter: Option<String>,
+        #[command(flatten)]
+        cluster: test::ClusterOptions,
     },
+    /// A Kubernetes cluster on this machine: made, looked at, disturbed and removed.
+    Cluster(cluster::Arguments),
     /// Shows the main job: two nodes, four pods, nginx and curl, beside what the wire sees.
     Demo {
         /// Leaves everything running, and says how to use it.
@@ -69,7 +74,8 @@ fn main() -> ExitCode {
         Verb::Check => check::all(),
         Verb::Image(args) => image::make(&args),
         Verb::Gen => generated::write(),
-        Verb::Test { suite, filter } => test::run(suite, filter.as_deref()),
+        Verb::Test { suite, filter, cluster } => test::run(suite, filter.as_deref(), &cluster),
+        Verb::Cluster(arguments) => cluster::run(arguments),
         Verb::Demo { keep, remove } => launch::demo(keep, remove),
         Verb::Bench(arguments) => bench::bench(&arguments),
     };

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::run::{root, run, succeeds};
 
 /// What for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Scope {
     /// Building.
     Build,
@@ -16,6 +16,10 @@ pub(crate) enum Scope {
     Test,
     /// All of it, and measuring.
     Bench,
+    /// Running a Kubernetes cluster whose nodes are namespaces, beside building.
+    Cluster,
+    /// Building Kubernetes for such a cluster.
+    Kubernetes,
 }
 
 /// The linker's version and the LLVM that it is built against: the compilers' own.
@@ -36,6 +40,26 @@ const TEST: [(&str, &str); 7] = [
 ];
 /// Programs that measuring runs beside those.
 const BENCH: [(&str, &str); 1] = [("wrk", "wrk")];
+/// Programs and other files of a cluster of namespaces, with Debian's packages that have them.
+const CLUSTER: [(&str, &str); 11] = [
+    ("ip", "iproute2"),
+    ("openssl", "openssl"),
+    ("etcd", "etcd-server"),
+    ("containerd", "containerd"),
+    ("runc", "runc"),
+    ("/usr/lib/cni/ptp", "containernetworking-plugins"),
+    ("iptables", "iptables"),
+    ("conntrack", "conntrack"),
+    ("ethtool", "ethtool"),
+    ("socat", "socat"),
+    ("/var/lib/dpkg/info/busybox-static.list", "busybox-static"),
+];
+/// What builds Kubernetes, with Debian's packages that have it.
+const KUBERNETES: [(&str, &str); 3] = [
+    ("dpkg-source", "dpkg-dev"),
+    ("/usr/lib/go-1.19/bin/go", "golang-1.19-go"),
+    ("/usr/share/gocode/src/github.com/modern-go/reflect2", "golang-github-modern-go-reflect2-dev"),
+];
 /// What links bpf-linker.
 const LINKER_LIBRARIES: [&str; 5] = ["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libzstd-dev", "libxml2-dev"];
 /// A compiler with a `core` for the kernel's target, where rustup has none.
@@ -44,12 +68,17 @@ const PACKAGED_COMPILER: [&str; 3] = ["rustc-web", "cargo-web", "libstd-rust-web
 /// Installs what is missing.
 pub(crate) fn ensure(scope: Scope) -> Result<()> {
     let mut missing: Vec<&str> = Vec::new();
-    let wanted = |least: Scope, programs: &'static [(&'static str, &'static str)]| if scope >= least { programs } else { &[] };
-    let programs = BUILD.iter().chain(wanted(Scope::Test, &TEST)).chain(wanted(Scope::Bench, &BENCH));
-    for (_, packages) in programs.filter(|(program, _)| find(program).is_none()) {
+    let [more, yet_more]: [&[(&str, &str)]; 2] = match scope {
+        Scope::Build => [&[], &[]],
+        Scope::Test => [&TEST, &[]],
+        Scope::Bench => [&TEST, &BENCH],
+        Scope::Cluster => [&CLUSTER, &[]],
+        Scope::Kubernetes => [&KUBERNETES, &[]],
+    };
+    for (_, packages) in BUILD.iter().chain(more).chain(yet_more).filter(|(program, _)| find(program).is_none()) {
         missing.extend(packages.split(' '));
     }
-    if scope >= Scope::Test && postgres().is_none() {
+    if matches!(scope, Scope::Test | Scope::Bench) && postgres().is_none() {
         missing.push("postgresql");
     }
     if !has_kernel_compiler() {
@@ -67,11 +96,11 @@ pub(crate) fn ensure(scope: Scope) -> Result<()> {
     Ok(())
 }
 
-/// A program on the PATH, or where distributions keep those for administrators.
-fn find(program: &str) -> Option<PathBuf> {
+/// A program on the PATH, or where distributions keep those for administrators; or a file or directory, by its whole path.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let places = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
-    places.map(|place| place.join(program)).find(|file| file.is_file())
+    places.map(|place| place.join(program)).find(|file| file.is_file() || (file.exists() && program.starts_with('/')))
 }
 
 /// The server's programs, which Debian keeps off the PATH.

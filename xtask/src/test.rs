@@ -1,12 +1,17 @@
 //! `test`: the suites, in the order of what they rest on.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
+use crate::cluster::{Cluster, Up};
 use crate::run::cargo;
 use crate::setup::{self, Scope};
 use crate::{launch, tidy};
+
+/// The name of the cluster that the tests make for themselves, so that nobody's own is disturbed.
+const CLUSTER: &str = "test";
 
 /// A suite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -17,11 +22,37 @@ pub(crate) enum Suite {
     Ebpf,
     /// Nodes of network namespaces, with real programs and real mutual TLS.
     Node,
+    /// A real Kubernetes cluster, which is made for it unless one is named.
+    Cluster,
+}
+
+impl Suite {
+    /// Its test target.
+    fn target(self) -> &'static str {
+        match self {
+            Self::Unit => "unit",
+            Self::Ebpf => "ebpf",
+            Self::Node => "node",
+            Self::Cluster => "cluster",
+        }
+    }
+}
+
+/// Where the cluster tests run.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(crate) struct ClusterOptions {
+    /// The cluster tests run on the cluster that this names, and make none. Its nodes must have the images.
+    #[arg(long)]
+    kubeconfig: Option<PathBuf>,
+    /// Leaves the cluster running that the cluster tests have made; they use it again the next time.
+    #[arg(long)]
+    keep: bool,
 }
 
 /// Runs one suite, or first the project's own rules and then all of them.
-pub(crate) fn run(suite: Option<Suite>, filter: Option<&str>) -> Result<()> {
-    let suites = suite.map_or_else(|| vec![Suite::Unit, Suite::Ebpf, Suite::Node], |suite| vec![suite]);
+pub(crate) fn run(suite: Option<Suite>, filter: Option<&str>, options: &ClusterOptions) -> Result<()> {
+    let all = || vec![Suite::Unit, Suite::Ebpf, Suite::Node, Suite::Cluster];
+    let suites = suite.map_or_else(all, |suite| vec![suite]);
     if suite.is_none() {
         tidy::all()?;
         run_check_of_format()?;
@@ -29,7 +60,7 @@ pub(crate) fn run(suite: Option<Suite>, filter: Option<&str>) -> Result<()> {
     let mut failed = Vec::new();
     for suite in suites {
         let started = Instant::now();
-        let outcome = one(suite, filter);
+        let outcome = if suite == Suite::Cluster { cluster(filter, options) } else { one(suite, filter) };
         let seconds = started.elapsed().as_secs();
         match outcome {
             Ok(()) => eprintln!("{suite:?} tests passed in {seconds} s"),
@@ -57,13 +88,13 @@ fn one(suite: Suite, filter: Option<&str>) -> Result<()> {
             crate::run::run(cargo().args(["test", "--package", "culvert-tests", "--lib", "--bins"]).args(filter))?;
             command.env("CULVERT_REQUIRE_EBPF", "1");
         }
-        Suite::Ebpf | Suite::Node => {
+        Suite::Ebpf | Suite::Node | Suite::Cluster => {
             if !setup::is_root() {
                 bail!("network namespaces and eBPF need root");
             }
             setup::ensure(Scope::Test)?;
             command.env("CULVERT_BIN", launch::build(false)?);
-            command.args(["--package", "culvert-tests", "--test", if suite == Suite::Ebpf { "ebpf" } else { "node" }]);
+            command.args(["--package", "culvert-tests", "--test", suite.target()]);
         }
     }
     command.args(filter);
@@ -72,4 +103,25 @@ fn one(suite: Suite, filter: Option<&str>) -> Result<()> {
         command.args(["--", "--test-threads=1"]);
     }
     crate::run::run(&mut command)
+}
+
+/// Runs the cluster tests on the cluster that is named, or on one of their own.
+fn cluster(filter: Option<&str>, options: &ClusterOptions) -> Result<()> {
+    let mut command = cargo();
+    command.args(["test", "--package", "culvert-tests", "--test", Suite::Cluster.target()]).args(filter);
+    command.args(["--", "--test-threads=1"]);
+    if let Some(kubeconfig) = &options.kubeconfig {
+        let kubeconfig = std::fs::canonicalize(kubeconfig).with_context(|| format!("looking for {}", kubeconfig.display()))?;
+        return crate::run::run(command.env("KUBECONFIG", kubeconfig));
+    }
+    let cluster = Cluster::named(CLUSTER)?;
+    cluster.up(&Up::two_nodes())?;
+    command.env("KUBECONFIG", cluster.kubeconfig()).env("CULVERT_KUBECTL", cluster.kubectl_program()?);
+    command.env("CULVERT_CLUSTER", CLUSTER).env("CULVERT_XTASK", std::env::current_exe()?);
+    let outcome = crate::run::run(&mut command);
+    if options.keep {
+        return outcome;
+    }
+    let removed = cluster.down();
+    outcome.and(removed)
 }

@@ -1,0 +1,3 @@
+//! Cluster tests: a real Kubernetes with real pods. One file a promise; every allow has its deny twin.
+
+mod cluster;
