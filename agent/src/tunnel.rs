@@ -109,7 +109,7 @@ pub enum TunnelError {
         peer: SocketAddr,
     },
     /// The certificates of one side did not satisfy the other, or the peer speaks no TLS 1.3.
-    #[error("no tunnel with {peer}: {source}")]
+    #[error("no tunnel with {peer}: {}", tls::in_words(source))]
     Handshake {
         /// The peer.
         peer: SocketAddr,
@@ -126,7 +126,7 @@ pub enum TunnelError {
     #[error("the tunnel broke: {0}")]
     Broken(#[from] h2::Error),
     /// The tunnel was cut while a stream was being opened, or the peer spoke out of turn.
-    #[error("the tunnel was cut: {0}")]
+    #[error("the tunnel was cut: {}", tls::in_words(.0))]
     Cut(#[source] io::Error),
     /// The peer answered, and refused the stream.
     #[error("the destination's agent refused the connection: {reason}")]
@@ -143,6 +143,9 @@ impl TunnelError {
         match self {
             Self::Connect { .. } | Self::TimedOut { .. } => CloseReason::DestinationUnreachable,
             Self::Handshake { .. } => CloseReason::PeerNotAuthenticated,
+            // A server's refusal comes after the client's own handshake is complete.
+            Self::Cut(error) if tls::refused_by_peer(error) => CloseReason::PeerNotAuthenticated,
+            Self::Broken(error) if error.get_io().is_some_and(tls::refused_by_peer) => CloseReason::PeerNotAuthenticated,
             Self::NoIdentity(_) | Self::Config(_) => CloseReason::NoIdentity,
             Self::Broken(_) | Self::Cut(_) => CloseReason::TunnelFailed,
             Self::Refused { reason } => *reason,

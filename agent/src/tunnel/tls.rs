@@ -134,6 +134,24 @@ pub fn handshake_fault(error: &io::Error) -> HandshakeFault<'_> {
     }
 }
 
+/// What a failed handshake says, for people.
+#[must_use]
+pub fn in_words(error: &io::Error) -> String {
+    match handshake_fault(error) {
+        HandshakeFault::Refused(refusal) => refusal.to_string(),
+        HandshakeFault::RefusedByPeer(alert) => format!("the peer refuses this side's certificate ({alert:?})"),
+        HandshakeFault::NoCertificate => "the peer presented no certificate".to_owned(),
+        HandshakeFault::Protocol(fault) => fault.to_string(),
+        HandshakeFault::Connection => error.to_string(),
+    }
+}
+
+/// Whether the peer refused this side's certificate.
+#[must_use]
+pub fn refused_by_peer(error: &io::Error) -> bool {
+    matches!(handshake_fault(error), HandshakeFault::RefusedByPeer(_))
+}
+
 /// The one certificate that this side presents.
 #[derive(Debug)]
 struct Presented(Option<Arc<CertifiedKey>>);
