@@ -54,7 +54,8 @@ pub struct Inbound {
     observer: Observer,
     drain: Drain,
     form: TunnelForm,
-    server_configs: Mutex<HashMap<SpiffeId, (u64, Arc<ServerConfig>)>>,
+    /// By identity; each is for one certificate and one bundle of roots.
+    server_configs: Mutex<HashMap<SpiffeId, (u64, Arc<str>, Arc<ServerConfig>)>>,
 }
 
 /// What a connection is refused for.
@@ -132,6 +133,16 @@ impl Inbound {
         }
     }
 
+    /// Forgets what is kept for a pod that left the mesh. The open connections of one that is gone altogether end.
+    pub fn forget(&self, pod: &LocalPod) {
+        let workload = pod.workload();
+        // Another pod of the same identity has it made anew.
+        self.server_configs.lock().unwrap_or_else(PoisonError::into_inner).remove(&workload.identity);
+        if pod.gone.is_cancelled() {
+            self.open.close_all(&workload.uid, CloseReason::PodGone);
+        }
+    }
+
     fn overloaded(&self, pod: &LocalPod, accepted: &Accepted) {
         let info = ConnectionInfo {
             destination: Some(pod.workload()),
@@ -177,13 +188,13 @@ impl Inbound {
         let trust_domain = trust_domain.ok_or_else(|| no_identity(&"the mesh's trust domain is not known yet"))?;
         let bundle = Arc::clone(&self.svids.bundle().borrow());
         let mut configs = self.server_configs.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((generation, config)) = configs.get(&workload.identity)
-            && *generation == svid.generation
+        if let Some((generation, roots, config)) = configs.get(&workload.identity)
+            && (*generation, roots) == (svid.generation, &bundle.fingerprint)
         {
             return Ok(Arc::clone(config));
         }
         let config = tls::server_config(&svid, &bundle, &trust_domain, self.form.alpn())?;
-        configs.insert(workload.identity.clone(), (svid.generation, Arc::clone(&config)));
+        configs.insert(workload.identity.clone(), (svid.generation, Arc::clone(&bundle.fingerprint), Arc::clone(&config)));
         Ok(config)
     }
 

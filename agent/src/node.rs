@@ -195,6 +195,7 @@ impl Pods {
         let workload = pod.workload();
         info!(pod = %workload.name, namespace = workload.identity.namespace(), "pod released");
         self.outbound.forget(pod);
+        self.inbound.forget(pod);
         let count = self.local.with(|pods| {
             if pods.get(&workload.uid).is_some_and(|known| Arc::ptr_eq(known, pod)) {
                 pods.remove(&workload.uid);
@@ -237,16 +238,21 @@ async fn observe(
     tokio::spawn(metrics.serve(http::metrics_router(observer.clone()), never.clone()));
     tokio::spawn(ready.serve(crate::observe::readiness::router(readiness.clone()), never.clone()));
     tokio::spawn(admin_server.serve(admin::router(sources), never));
-    watch_controller(discovery.clone(), observer.clone());
+    watch_controller(discovery.clone(), svids.clone(), observer.clone());
     watch_certificates(svids.clone(), observer.clone());
     Ok(())
 }
 
-fn watch_controller(discovery: DiscoveryHandle, observer: Observer) {
+/// Keeps the connection in the metrics. A controller that is back is asked at once for the certificates that it was asked for in vain.
+fn watch_controller(discovery: DiscoveryHandle, svids: SvidStore, observer: Observer) {
     let mut connected = discovery.connected();
     tokio::spawn(async move {
         loop {
-            observer.metrics().set_xds_connected(*connected.borrow_and_update());
+            let there = *connected.borrow_and_update();
+            observer.metrics().set_xds_connected(there);
+            if there {
+                svids.retry();
+            }
             if connected.changed().await.is_err() {
                 return;
             }

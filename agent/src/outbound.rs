@@ -26,7 +26,7 @@ use crate::drain::Drain;
 use crate::identity::{SvidError, SvidStore};
 use crate::model::{CloseReason, OriginalDst, PeerAddr, Snapshot, SpiffeId, Workload};
 use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Security, Side};
-use crate::relay::{Cancel, Sink, Source, relay, tcp};
+use crate::relay::{Cancel, End, Sink, Source, relay, tcp};
 use crate::serve::{Permits, serve};
 use crate::tunnel::pool::Pool;
 use crate::tunnel::single::Open;
@@ -129,8 +129,14 @@ impl Outbound {
 
     /// Drops tunnels and turns that nobody needs any more. To be called every few seconds.
     pub fn sweep(&self) {
+        let snapshot = Arc::clone(&self.snapshots.borrow());
+        // Whoever is there by now does not know of the tunnel, and who was there may not have been able to say farewell.
+        self.pool.retire(|key| {
+            let there = snapshot.workload_at(key.peer.0.ip());
+            there.is_none_or(|workload| workload.identity != key.destination)
+        });
         self.pool.sweep(Instant::now());
-        self.robin.sweep(&self.snapshots.borrow());
+        self.robin.sweep(&snapshot);
     }
 
     /// Closes the tunnels of a pod that left, once their streams have ended.
@@ -144,12 +150,12 @@ impl Outbound {
         let Some((stream, far, open)) = Box::pin(self.connect(pod, accepted)).await else { return };
         match far {
             Opened::Tunnel(mut far) => {
-                relay_outbound(stream, (&mut far.source, &mut far.sink), open).await;
+                relay_outbound(pod, stream, (&mut far.source, &mut far.sink), open).await;
                 far.end();
             }
             Opened::Plain(far) => {
                 let (mut source, mut sink) = tcp::split(far);
-                relay_outbound(stream, (&mut source, &mut sink), open).await;
+                relay_outbound(pod, stream, (&mut source, &mut sink), open).await;
             }
         }
     }
@@ -255,11 +261,16 @@ impl Outbound {
 }
 
 /// Moves a captured connection's bytes until it ends.
-async fn relay_outbound(stream: TcpStream, far: (&mut impl Source, &mut impl Sink), open: OpenConnection) {
+async fn relay_outbound(pod: &LocalPod, stream: TcpStream, far: (&mut impl Source, &mut impl Sink), open: OpenConnection) {
     let (mut source, mut sink) = tcp::split(stream);
     let bytes = Arc::clone(open.bytes());
-    // Nothing calls an outbound connection off but the end of the agent, which drops it.
-    let end = relay((&mut source, &mut sink), far, (&bytes.sent, &bytes.received), &Cancel::default()).await;
+    // Nothing else calls an outbound connection off but the end of the agent, which drops it.
+    let never = Cancel::default();
+    let end = tokio::select! {
+        end = relay((&mut source, &mut sink), far, (&bytes.sent, &bytes.received), &never) => end,
+        // Its namespace lives for as long as the agent has sockets in it, but leads nowhere any more.
+        () = pod.gone.cancelled() => End::Cancelled(CloseReason::PodGone),
+    };
     open.close(end.reason(), None);
 }
 

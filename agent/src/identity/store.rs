@@ -202,7 +202,7 @@ impl SvidStore {
         self.shared.bundle.subscribe()
     }
 
-    /// The generation of the newest SVID; it changes with each SVID that is fetched or renewed.
+    /// The generation of the newest SVID; it changes with each SVID that is fetched or renewed. That one is dropped is told, too.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.shared.generation.subscribe()
@@ -286,6 +286,8 @@ impl Drop for SvidLease {
         if entry.leases == 0 {
             state.entries.remove(&self.id);
             self.shared.publish_bundle(&state);
+            // The number stays: there is no newer one.
+            self.shared.generation.send_modify(|_newest| ());
         }
     }
 }

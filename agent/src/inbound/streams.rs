@@ -42,6 +42,7 @@ impl Inbound {
                     draining = true;
                     continue;
                 }
+                () = pod.gone.cancelled() => break,
             };
             match request {
                 Some(Ok(request)) => {
