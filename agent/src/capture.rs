@@ -19,6 +19,7 @@ pub mod maps;
 mod mounts;
 mod netlink;
 pub mod netns;
+mod others;
 pub mod pod;
 pub mod probe;
 mod readiness;

@@ -5,12 +5,13 @@
 //! namespace is open only after it is known to be none of ours, or fully enrolled; in every other moment nothing leaves it.
 
 mod classify;
+mod foreign;
 mod places;
 mod setup;
 mod tracked;
 mod watch;
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ffi::OsString;
 use std::io;
 use std::net::IpAddr;
@@ -23,11 +24,13 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::classify::Phase;
+use self::foreign::Foreign;
 use self::setup::{Enrolled, Opened, SetupError};
 use self::tracked::Tracked;
 use self::watch::{MountTable, NetnsDir};
 use super::events::{self, Report};
 use super::load::{Loaded, LookupProgram};
+use super::others::Agents;
 use super::{Ask, CaptureError, LoadConfig, Maps, Netns, PodEvent};
 use crate::model::{Snapshot, Workload};
 
@@ -37,6 +40,8 @@ const WORKERS: usize = 8;
 const SETTLE: Duration = Duration::from_millis(20);
 /// How long passes at least between two looks at everything that refused connections ask for.
 const LOOK_PAUSE: Duration = Duration::from_millis(10);
+/// Of so much time one part at most goes into such looks: on a machine with many mounts a look takes long.
+const LOOK_SHARE: u32 = 4;
 /// How long passes at least before other agents' settings are read again.
 const AGENTS_READ: Duration = Duration::from_millis(100);
 /// For how long the kernel goes on refusing unseen namespaces after the agent's last sign of life, on a shared cgroup root.
@@ -50,15 +55,17 @@ enum Message {
     /// A namespace of the directory was opened.
     Opened { name: OsString, result: Result<Option<Opened>, SetupError> },
     /// A namespace elsewhere was opened.
-    Foreign { inode: u64, result: io::Result<Option<Netns>> },
+    Foreign { inode: u64, fresh: bool, result: Result<Option<Opened>, SetupError> },
     /// The namespace of a process that was refused.
-    Unmounted { netns: Option<Netns> },
+    Unmounted { netns: Option<Netns>, addresses: BTreeSet<IpAddr> },
     /// A namespace's addresses changed.
     Addresses { cookie: u64, addresses: BTreeSet<IpAddr> },
     /// An enrolment ended.
     Enrolled { cookie: u64, workload: Arc<Workload>, result: Result<Enrolled, SetupError> },
     /// The controller was asked about an address; false when it has not answered.
     Answered { cookie: u64, address: IpAddr, answered: bool },
+    /// The controller was asked about the addresses of a namespace elsewhere.
+    ForeignAnswered { inode: u64, addresses: BTreeSet<IpAddr> },
     /// It is time to look at a namespace again.
     Retry { cookie: u64 },
 }
@@ -91,12 +98,14 @@ pub(super) struct Enroller {
     /// Tracked namespaces that may have lost their last name.
     vanished: BTreeSet<u64>,
     seen: u64,
-    /// Namespaces mounted elsewhere, by inode; none while it is being opened.
-    foreign: HashMap<u64, Option<Netns>>,
+    /// Namespaces mounted elsewhere, by inode; none while one is being opened.
+    foreign: HashMap<u64, Option<Foreign>>,
     unmounted: VecDeque<u64>,
-    /// Cookies of nodes: agents' own namespaces.
-    agents: HashSet<u64>,
+    /// Namespaces of pods that are gone. What still runs in one, or keeps it mounted elsewhere, does not get out in the clear.
+    left: VecDeque<u64>,
+    agents: Agents,
     agents_read: Instant,
+    namespaces_id: u32,
     /// How many namespaces are being opened.
     opening: usize,
     /// Processes that were refused since the last look, by the cookie of their namespace.
@@ -105,6 +114,8 @@ pub(super) struct Enroller {
     unresolved: HashMap<u64, u32>,
     look_at: Option<Instant>,
     looked: Instant,
+    /// How long the last look took.
+    look_took: Duration,
     caught_up: bool,
     destinations_stale: bool,
 }
@@ -154,13 +165,16 @@ impl Enroller {
             seen: 0,
             foreign: HashMap::new(),
             unmounted: VecDeque::new(),
-            agents: HashSet::new(),
+            left: VecDeque::new(),
+            agents: Agents::default(),
             agents_read: now,
+            namespaces_id: loaded.namespaces_id,
             opening: 0,
             reported: HashMap::new(),
             unresolved: HashMap::new(),
             look_at: None,
             looked: now,
+            look_took: Duration::ZERO,
             caught_up: false,
             destinations_stale: false,
         })
@@ -205,6 +219,14 @@ impl Enroller {
         }
         for cookie in self.tracked.keys().copied().collect::<Vec<_>>() {
             self.reconcile(cookie).await;
+        }
+        self.judge_all_foreign();
+    }
+
+    /// What an answer of the controller's changed is in the channel before the answer is.
+    async fn take_pending_snapshot(&mut self) {
+        if self.snapshots.has_changed().unwrap_or(false) {
+            self.advance().await;
         }
     }
 
@@ -257,14 +279,17 @@ impl Enroller {
                 }
                 self.catch_up();
             }
-            Message::Foreign { inode, result } => {
+            Message::Foreign { inode, fresh, result } => {
                 self.opening -= 1;
-                self.exempt_foreign(inode, result);
+                self.take_foreign(inode, fresh, result);
                 self.catch_up();
             }
-            Message::Unmounted { netns } => {
+            Message::Unmounted { netns, addresses } => {
                 self.opening -= 1;
-                self.exempt_unmounted(netns);
+                self.exempt_unmounted(netns, &addresses);
+            }
+            Message::Addresses { cookie, addresses } if !self.tracked.contains_key(&cookie) => {
+                self.set_foreign_addresses(cookie, addresses);
             }
             Message::Addresses { cookie, addresses } => {
                 self.set_addresses(cookie, addresses);
@@ -273,6 +298,7 @@ impl Enroller {
             }
             Message::Enrolled { cookie, workload, result } => self.finish_enrolment(cookie, workload, result).await,
             Message::Answered { cookie, address, answered } => self.take_answer(cookie, address, answered).await,
+            Message::ForeignAnswered { inode, addresses } => self.take_foreign_answer(inode, &addresses).await,
             Message::Retry { cookie } => {
                 if let Some(tracked) = self.tracked.get_mut(&cookie) {
                     tracked.waiting = false;
@@ -309,6 +335,7 @@ impl Enroller {
         }
         self.seen += 1;
         let mut tracked = Tracked::new(netns, name, phase, self.seen);
+        tracked.fresh = self.caught_up && former.is_none();
         tracked.watcher = Some(tracked::watch_addresses(cookie, watch, self.messages.clone()));
         self.cookies.insert(inode, cookie);
         self.tracked.insert(cookie, tracked);
@@ -335,7 +362,7 @@ impl Enroller {
             return;
         }
         let known = |cookie: &u64| {
-            self.tracked.contains_key(cookie) || self.foreign.values().flatten().any(|netns| netns.cookie() == *cookie)
+            self.tracked.contains_key(cookie) || self.foreign.values().flatten().any(|foreign| foreign.netns.cookie() == *cookie)
         };
         for cookie in self.maps.namespaces().into_iter().filter(|cookie| !known(cookie)) {
             self.maps.forget_namespace(cookie);
@@ -365,7 +392,8 @@ impl Enroller {
                     }
                 } else if self.reported.len() < QUEUE && self.maps.namespace(cookie).is_none() {
                     self.reported.insert(cookie, process);
-                    self.look_again(LOOK_PAUSE.saturating_sub(self.looked.elapsed()));
+                    let pause = LOOK_PAUSE.max(self.look_took * LOOK_SHARE);
+                    self.look_again(pause.saturating_sub(self.looked.elapsed()));
                 }
             }
         }

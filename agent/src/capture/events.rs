@@ -4,6 +4,7 @@
 //! decision: the programs have decided already.
 #![expect(unsafe_code, reason = "records are bytes that are read as the structure that the programs wrote")]
 
+use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
 
@@ -33,6 +34,16 @@ pub(super) enum Report {
     },
 }
 
+impl Report {
+    /// The namespace that it is about, if it is about one as a whole.
+    fn cookie(&self) -> Option<u64> {
+        match self {
+            Self::UnseenNamespace { cookie, .. } => Some(*cookie),
+            Self::PlaintextRefused { .. } => None,
+        }
+    }
+}
+
 /// Reads reports until the receiver is gone.
 ///
 /// # Errors
@@ -45,8 +56,12 @@ pub(super) async fn read(events: RingBuf<MapData>, reports: mpsc::Sender<Report>
             () = reports.closed() => return Ok(()),
         };
         let ring = ready.get_inner_mut();
+        // A pod that waits tries again and again: it is told of once in each round.
+        let mut told = HashSet::new();
         while let Some(record) = ring.next() {
-            if let Some(report) = decode(&record) {
+            if let Some(report) = decode(&record)
+                && report.cookie().is_none_or(|cookie| told.insert(cookie))
+            {
                 let _lost_when_full = reports.try_send(report);
             }
         }

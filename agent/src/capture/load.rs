@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use aya::maps::{Map, MapData, RingBuf};
+use aya::maps::{MapData, MapInfo, RingBuf};
 use aya::programs::links::FdLink;
 use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SkLookup, SockOps};
 use aya::util::KernelVersion;
@@ -58,6 +58,8 @@ pub(super) struct Loaded {
     pub(super) program_log: BoxFuture<'static, ()>,
     /// The agent's own namespace.
     pub(super) own: Netns,
+    /// The number of its map of namespaces.
+    pub(super) namespaces_id: u32,
 }
 
 /// The `sk_lookup` program, to be attached to each pod.
@@ -79,6 +81,8 @@ pub(super) fn load(config: &LoadConfig) -> Result<Loaded, CaptureError> {
     let mut ebpf = load_object(&pins)?;
     let maps = Maps::take(&mut ebpf)?;
     let events = take_events(&mut ebpf)?;
+    let namespaces_id = MapInfo::from_pin(pins.join("NAMESPACES")).map(|map| map.id());
+    let namespaces_id = namespaces_id.map_err(|source| CaptureError::Map { map: "NAMESPACES", source })?;
     initialise(&maps, &own, config.cgroup_root.is_some())?;
     for name in CGROUP_PROGRAMS {
         attach(&mut ebpf, name, &cgroup, &pins)?;
@@ -88,7 +92,7 @@ pub(super) fn load(config: &LoadConfig) -> Result<Loaded, CaptureError> {
     // Only now: the logger takes a map that the programs name until they are loaded.
     let program_log = program_log(&mut ebpf);
     let lookup = LookupProgram { ebpf: Arc::new(Mutex::new(ebpf)), pins: pins.join(PODS) };
-    Ok(Loaded { maps, lookup, events, program_log, own })
+    Ok(Loaded { maps, lookup, events, program_log, own, namespaces_id })
 }
 
 fn program_log(ebpf: &mut Ebpf) -> BoxFuture<'static, ()> {
@@ -239,18 +243,6 @@ impl LookupProgram {
         let entries = fs::read_dir(&self.pins).into_iter().flatten().flatten();
         entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
     }
-}
-
-/// The cookies of all agents' own namespaces on this kernel, by what their settings say: they are nodes, not pods. Only who may
-/// make maps can make a namespace pass for an agent's.
-pub(super) fn agents_netns() -> Vec<u64> {
-    let settings = aya::maps::loaded_maps().flatten().filter(|map| map.name() == b"SETTINGS");
-    let cookies = settings.filter_map(|map| {
-        let data = MapData::from_id(map.id()).ok()?;
-        let table = aya::maps::Array::<_, culvert_ebpf_common::Settings>::try_from(Map::Array(data)).ok()?;
-        Some(table.get(&0, 0).ok()?.host_cookies)
-    });
-    cookies.flatten().filter(|cookie| *cookie != 0).collect()
 }
 
 /// Takes everything of the agent of `node` below `bpf_dir` out of the kernel: programs, maps, and the routing in pods. For a node

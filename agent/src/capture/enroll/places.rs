@@ -3,10 +3,10 @@
 //! Enters: news of the directory and the mount table, and processes that the programs refused. Leaves: jobs that open what is new,
 //! and names that are gone. What is not in the directory is another's business: it is exempt as soon as it is seen.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::net::IpAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use culvert_ebpf_common::Namespace;
@@ -14,10 +14,14 @@ use tokio::time::Instant;
 
 use super::watch::{MountTable, News, Place};
 use super::{Enroller, FIRST_RETRY, Message, setup};
-use crate::capture::{Netns, load};
+use crate::capture::Netns;
+use crate::capture::netns::AddressWatch;
+use crate::capture::others::Agents;
 
 /// Namespaces that are mounted nowhere, of which the end cannot be told: so many are remembered.
 const UNMOUNTED: usize = 4096;
+/// So many namespaces of pods that are gone are remembered.
+const LEFT: usize = 4096;
 
 impl Enroller {
     /// The directory has news.
@@ -31,7 +35,7 @@ impl Enroller {
     /// Looks at everything there is.
     pub(super) fn look(&mut self) {
         self.look_at = None;
-        self.looked = Instant::now();
+        let begin = Instant::now();
         for (cookie, process) in self.reported.drain() {
             self.unresolved.insert(cookie, process);
         }
@@ -58,6 +62,8 @@ impl Enroller {
             Ok(mounted) => self.look_elsewhere(mounted),
             Err(error) => tracing::warn!(%error, "cannot read the mount table"),
         }
+        self.looked = Instant::now();
+        self.look_took = self.looked - begin;
         self.catch_up();
     }
 
@@ -68,25 +74,14 @@ impl Enroller {
 
     pub(super) fn read_agents(&mut self) {
         self.agents_read = Instant::now();
-        self.agents = load::agents_netns().into_iter().collect();
+        self.agents = Agents::find(self.namespaces_id);
     }
 
-    /// Namespaces that are mounted, but not in the directory, are another's business.
-    fn look_elsewhere(&mut self, mounted: BTreeMap<u64, PathBuf>) {
-        let ours: HashSet<u64> = self.names.values().copied().chain([self.own.inode()]).collect();
-        for (inode, netns) in self.foreign.extract_if(|inode, _| !mounted.contains_key(inode)) {
-            if let Some(netns) = netns
-                && !ours.contains(&inode)
-            {
-                self.maps.forget_namespace(netns.cookie());
-            }
-        }
-        for (inode, path) in mounted {
-            if ours.contains(&inode) || self.foreign.contains_key(&inode) {
-                continue;
-            }
-            self.foreign.insert(inode, None);
-            self.work(move |_| Message::Foreign { inode, result: Netns::open(&path) });
+    /// Remembers the namespace of a pod that is gone.
+    pub(super) fn leave(&mut self, cookie: u64) {
+        self.left.push_back(cookie);
+        if self.left.len() > LEFT {
+            self.left.pop_front();
         }
     }
 
@@ -129,7 +124,7 @@ impl Enroller {
                     return;
                 }
                 let (path, maps) = (self.directory.path(&name), self.maps.clone());
-                self.work(move |_| Message::Opened { name, result: setup::open(&path, &maps) });
+                self.work(move |_| Message::Opened { name, result: setup::open(&path, &maps, true) });
             }
         }
     }
@@ -142,27 +137,12 @@ impl Enroller {
         }
     }
 
-    pub(super) fn exempt_foreign(&mut self, inode: u64, result: io::Result<Option<Netns>>) {
-        if self.names.values().any(|ours| *ours == inode) {
-            self.foreign.remove(&inode);
-            return;
-        }
-        match result {
-            Ok(Some(netns)) if netns.inode() == inode => {
-                if !self.tracked.contains_key(&netns.cookie()) {
-                    self.mark(netns.cookie(), Namespace::exempt());
-                    self.foreign.insert(inode, Some(netns));
-                }
-            }
-            // Unmounted, or out of reach under another mount: what connects from it tells of itself.
-            Ok(_) | Err(_) => drop(self.foreign.remove(&inode)),
-        }
-    }
-
-    pub(super) fn exempt_unmounted(&mut self, netns: Option<Netns>) {
+    pub(super) fn exempt_unmounted(&mut self, netns: Option<Netns>, addresses: &BTreeSet<IpAddr>) {
         let Some(netns) = netns else { return };
         let cookie = netns.cookie();
-        if self.names.values().any(|inode| *inode == netns.inode()) || self.tracked.contains_key(&cookie) {
+        let known = self.names.values().any(|inode| *inode == netns.inode()) || self.tracked.contains_key(&cookie);
+        // With the address of a pod it is one, of which the runtime has not said so yet.
+        if known || self.left.contains(&cookie) || self.has_member_address(addresses) {
             return;
         }
         self.mark(cookie, Namespace::exempt());
@@ -182,7 +162,9 @@ impl Enroller {
         self.work(move |_| {
             let netns = Netns::open(Path::new(&format!("/proc/{process}/ns/net"))).ok().flatten();
             // In another PID namespace the number is another process's.
-            Message::Unmounted { netns: netns.filter(|netns| netns.cookie() == cookie) }
+            let netns = netns.filter(|netns| netns.cookie() == cookie);
+            let addresses = netns.as_ref().and_then(|netns| netns.enter(|| AddressWatch::open_here()?.addresses()).ok());
+            Message::Unmounted { netns, addresses: addresses.unwrap_or_default() }
         });
     }
 }

@@ -47,12 +47,12 @@ pub(super) struct Opened {
     pub(super) former: Option<NamespaceState>,
 }
 
-/// Opens a namespace of the node's directory. One that the programs do not know is closed at once. None: it is no namespace.
-pub(super) fn open(path: &Path, maps: &Maps) -> Result<Option<Opened>, SetupError> {
+/// Opens a namespace. One that the programs do not know is closed at once, if so asked. None: it is no namespace.
+pub(super) fn open(path: &Path, maps: &Maps, close: bool) -> Result<Option<Opened>, SetupError> {
     let failed = |source| SetupError::Open { path: path.to_owned(), source };
     let Some(netns) = Netns::open(path).map_err(failed)? else { return Ok(None) };
     let former = maps.namespace(netns.cookie()).map(|namespace| namespace.state());
-    if former.is_none() {
+    if close && former.is_none() {
         maps.set_namespace(netns.cookie(), Namespace::pending())?;
     }
     let watch = netns.enter(AddressWatch::open_here).map_err(failed)?;

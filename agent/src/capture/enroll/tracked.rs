@@ -12,6 +12,7 @@ use culvert_ebpf_common::Namespace;
 use tokio::io::Interest;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 use super::classify::{self, Phase, Standing, Step};
 use super::setup::{Enrolled, Enrolment, SetupError};
@@ -20,6 +21,10 @@ use crate::capture::netns::AddressWatch;
 use crate::capture::routing::Routing;
 use crate::capture::{Listener, LocalPod, Netns, PodEvent, readiness};
 use crate::model::Workload;
+
+/// For how long a new namespace stays closed although the controller knows nobody at its address: the pod's object may come after its
+/// namespace. Short enough for an application outside of the mesh that tries again for a second.
+pub(super) const UNKNOWN: Duration = Duration::from_millis(300);
 
 /// A namespace of the node's directory.
 pub(super) struct Tracked {
@@ -33,6 +38,10 @@ pub(super) struct Tracked {
     pub(super) judged: bool,
     /// A retry is due.
     pub(super) waiting: bool,
+    /// The programs did not know it when it appeared, and the agent was there: its object may be on its way.
+    pub(super) fresh: bool,
+    /// When its addresses last changed.
+    settled: Instant,
     /// When it appeared, among all.
     seen: u64,
     phase: Phase,
@@ -66,6 +75,8 @@ impl Tracked {
             watcher: None,
             judged: false,
             waiting: false,
+            fresh: false,
+            settled: Instant::now(),
             seen,
             phase,
             pod: None,
@@ -120,8 +131,16 @@ impl Enroller {
             Step::Stay => {}
             Step::Ask(address) => self.ask(cookie, address),
             Step::Close => self.release(cookie, Release::Closed).await,
-            Step::Exempt => self.release(cookie, Release::Exempt).await,
-            Step::Enrol(workload) => self.enrol(cookie, workload).await,
+            Step::Exempt => {
+                if self.is_of_this_node(&tracked.addresses) {
+                    self.agents.claim(cookie);
+                }
+                self.release(cookie, Release::Exempt).await;
+            }
+            Step::Enrol(workload) => {
+                self.agents.claim(cookie);
+                self.enrol(cookie, workload).await;
+            }
             Step::Reenrol(workload) => {
                 self.release(cookie, Release::Closed).await;
                 self.enrol(cookie, workload).await;
@@ -131,12 +150,18 @@ impl Enroller {
     }
 
     fn step(&self, cookie: u64, tracked: &Tracked) -> Step {
-        let standing = if self.agents.contains(&cookie) {
+        let standing = if self.agents.has_node(cookie) {
             Standing::Exempt
         } else {
             classify::classify(&tracked.addresses, &tracked.phase, &self.snapshot, &tracked.unknown)
         };
         classify::next(&tracked.phase, standing)
+    }
+
+    /// Whether what has these addresses is a pod of this node's, in the mesh or not.
+    fn is_of_this_node(&self, addresses: &BTreeSet<IpAddr>) -> bool {
+        let mut workloads = addresses.iter().filter_map(|address| self.snapshot.workload_at(*address));
+        workloads.any(|workload| *workload.node == *self.snapshot.node())
     }
 
     /// Releases the pods whose namespaces have no name any more, and forgets those.
@@ -185,6 +210,9 @@ impl Enroller {
             self.holders.entry(*address).or_default().insert(cookie);
         }
         tracked.unknown.retain(|address| addresses.contains(address));
+        if tracked.addresses != addresses {
+            tracked.settled = Instant::now();
+        }
         tracked.addresses = addresses;
     }
 
@@ -201,15 +229,22 @@ impl Enroller {
     }
 
     pub(super) async fn take_answer(&mut self, cookie: u64, address: IpAddr, answered: bool) {
-        // What the answer changed is in the channel before the answer is.
-        if self.snapshots.has_changed().unwrap_or(false) {
-            self.advance().await;
-        }
+        self.take_pending_snapshot().await;
         let known = self.snapshot.workload_at(address).is_some();
         let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
+        let patience = UNKNOWN.saturating_sub(tracked.settled.elapsed());
+        if answered && !known && tracked.fresh && !patience.is_zero() {
+            // The snapshot has the object as soon as there is one: the question stays open meanwhile.
+            let messages = self.messages.clone();
+            self.tasks.spawn(async move {
+                tokio::time::sleep(patience).await;
+                let _owner_is_gone = messages.send(Message::Answered { cookie, address, answered }).await;
+            });
+            return;
+        }
         tracked.asking = false;
         if answered {
-            if !known {
+            if !known && tracked.addresses.contains(&address) {
                 tracked.unknown.insert(address);
             }
             self.reconcile(cookie).await;
@@ -260,7 +295,7 @@ impl Enroller {
             .iter()
             .flat_map(|address| self.holders.get(address).into_iter().flatten())
             .copied()
-            .filter(|rival| *rival != cookie && !self.agents.contains(rival))
+            .filter(|rival| *rival != cookie && !self.agents.has_node(*rival))
             .collect();
         for rival in rivals {
             let Some(other) = self.tracked.get(&rival) else { continue };
@@ -356,6 +391,9 @@ impl Enroller {
             None => Vec::new(),
         };
         self.withdraw(cookie, &addresses, release);
+        if release == Release::Gone && (pod.is_some() || inherited) {
+            self.leave(cookie);
+        }
         let Some(pod) = pod else { return };
         if release == Release::Gone {
             pod.gone.cancel();
@@ -372,7 +410,10 @@ impl Enroller {
         match release {
             Release::Closed => self.mark(cookie, Namespace::pending()),
             Release::Exempt => self.mark(cookie, Namespace::exempt()),
-            Release::Gone => self.maps.forget_namespace(cookie),
+            Release::Gone => {
+                self.maps.forget_namespace(cookie);
+                self.agents.disclaim(cookie);
+            }
         }
         if release != Release::Closed
             && let Err(error) = self.lookup.detach(cookie)
