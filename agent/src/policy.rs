@@ -13,6 +13,7 @@ pub mod explain;
 mod field;
 pub mod objects;
 pub mod peer_authentication;
+pub mod stand_in;
 
 /// Something in a policy object that does not do what it says. The rest of the object stays in force.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,16 +1,18 @@
 //! Which object comes from which file, and which of them are in force.
 //!
 //! Enters: files as they are read, or that they are gone. Leaves: changes to the objects in force, and messages for the operator.
-//! When two files hold one object, the first by name wins. What a bad file or document held before stays in force.
+//! When two files hold one object, the first by name wins. What a bad file or document held before stays in force; for a
+//! policy that made no sense from the start, something strict stands in: what cannot be decided is refused.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
-use super::parse::{FileError, Item};
+use super::parse::{FileError, Item, Place};
 use crate::controller::source::{Change, Object, ObjectKey};
+use crate::policy::objects::PolicyAction;
 
 /// What the directory's files hold.
 #[derive(Debug, Default)]
@@ -31,6 +33,8 @@ struct File {
 #[derive(Debug)]
 struct Held {
     object: Arc<Object>,
+    /// It stands in for one that never made sense.
+    stand_in: bool,
     digest: [u8; 32],
     origin: Arc<str>,
 }
@@ -56,8 +60,13 @@ impl Ledger {
         let told = file.bad && content.is_none() && file.content.is_none();
         file.content = content;
         file.bad = true;
-        if !told {
-            warn!("{}: {problem}; {}", path.display(), kept(file.keys.len()));
+        match (told, file.keys.len()) {
+            (true, _) => {}
+            // Not even what it is for can be told: nothing can stand in for it.
+            (false, 0) => {
+                error!("{}: {problem}; {}, and if there is a policy in it, that is not in force", path.display(), kept(0))
+            }
+            (false, objects) => warn!("{}: {problem}; {}", path.display(), kept(objects)),
         }
     }
 
@@ -79,15 +88,22 @@ impl Ledger {
                         continue;
                     }
                     let origin = format!("{}, {}", path.display(), item.place).into();
-                    self.take(path, key, Held { object: Arc::new(object), digest, origin });
+                    self.take(path, key, Held { object: Arc::new(object), stand_in: false, digest, origin });
                 }
-                Err(error) => problems.push((item.place, error)),
+                Err(error) => {
+                    let standing_in =
+                        item.stand_in.and_then(|stand_in| self.stand_in(path, &mut file.keys, item.place, stand_in));
+                    problems.push((item.place, error, standing_in));
+                }
             }
         }
         file.bad = !problems.is_empty();
         let missing: Vec<_> = before.keys.difference(&file.keys).cloned().collect();
-        for (place, error) in &problems {
-            warn!("{}, {place}: {error}; {}", path.display(), kept(missing.len()));
+        for (place, error, standing_in) in &problems {
+            match standing_in {
+                Some(effect) => error!("{}, {place}: {error}; until it is put right, {effect}", path.display()),
+                None => warn!("{}, {place}: {error}; {}", path.display(), kept(missing.len())),
+            }
         }
         if file.bad {
             // Which of them the bad documents are cannot always be told.
@@ -107,7 +123,11 @@ impl Ledger {
     pub(super) fn take_changes(&mut self) -> Vec<Change> {
         let (mut removed, mut applied) = (Vec::new(), Vec::new());
         for key in std::mem::take(&mut self.touched) {
-            let winner = self.objects.get(&key).and_then(|holders| holders.values().next());
+            let holders = self.objects.get(&key);
+            let winner = holders.and_then(|holders| {
+                let good = holders.values().find(|held| !held.stand_in);
+                good.or_else(|| holders.values().next())
+            });
             match winner {
                 Some(held) if self.in_force.get(&key) == Some(&held.digest) => {}
                 Some(held) => {
@@ -123,6 +143,27 @@ impl Ledger {
         }
         removed.extend(applied);
         removed
+    }
+
+    /// Puts a stand-in in the place of a policy that makes no sense and never did. Gives its effect in words; none when what the policy
+    /// said before stays in force.
+    fn stand_in(
+        &mut self,
+        path: &Path,
+        keys: &mut BTreeSet<ObjectKey>,
+        place: Place,
+        (object, digest): (Object, [u8; 32]),
+    ) -> Option<&'static str> {
+        let key = object.key();
+        let before = self.objects.get(&key).and_then(|holders| holders.get(path));
+        if keys.contains(&key) || before.is_some_and(|held| !held.stand_in) {
+            return None;
+        }
+        let effect = effect_of(&object);
+        keys.insert(key.clone());
+        let origin = format!("{}, {place}", path.display()).into();
+        self.take(path, key, Held { object: Arc::new(object), stand_in: true, digest, origin });
+        Some(effect)
     }
 
     fn take(&mut self, path: &Path, key: ObjectKey, held: Held) {
@@ -145,6 +186,16 @@ impl Ledger {
             }
         }
         self.touched.insert(key);
+    }
+}
+
+/// What a policy that stands in for another does.
+fn effect_of(object: &Object) -> &'static str {
+    let Object::AuthorizationPolicy(policy) = object else { return "what it selects takes mutual TLS only" };
+    if policy.spec.as_ref().is_none_or(|spec| spec.action == PolicyAction::Allow) {
+        "it allows nobody, and what it selects is open only to those whom other policies allow"
+    } else {
+        "what it selects is closed to everybody"
     }
 }
 

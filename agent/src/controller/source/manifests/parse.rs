@@ -13,6 +13,7 @@ use tracing::debug;
 
 use crate::controller::source::object::{FieldError, Kind, Object};
 use crate::policy::compile::MeshContext;
+use crate::policy::stand_in;
 
 /// The largest manifest file read, in bytes.
 pub(super) const MAX_FILE: u64 = 32 * 1024 * 1024;
@@ -24,6 +25,8 @@ pub(super) struct Item {
     pub(super) place: Place,
     /// The object, with a digest of its content; or why it cannot be used.
     pub(super) object: Result<(Object, [u8; 32]), ItemError>,
+    /// What stands in for a policy that cannot be used.
+    pub(super) stand_in: Option<(Object, [u8; 32])>,
 }
 
 /// Where in a file an object is, counted from 1.
@@ -79,8 +82,10 @@ pub(super) fn parse(path: &Path, content: &[u8], mesh: &MeshContext) -> Result<V
 
 fn document(document: usize, value: Value, mesh: &MeshContext, items: &mut Vec<Item>) {
     let mut push = |place: Place, value: Value| {
-        let found = object_of(value, mesh).transpose();
-        items.extend(found.map(|object| Item { place, object }));
+        let policy = is_policy(&value).then(|| value.clone());
+        let Some(object) = object_of(value, mesh).transpose() else { return };
+        let stand_in = if object.is_err() { policy.and_then(|policy| stand_in(&policy, mesh)) } else { None };
+        items.push(Item { place, object, stand_in });
     };
     match value {
         Value::Null => {}
@@ -136,6 +141,24 @@ fn object_of(value: Value, mesh: &MeshContext) -> Result<Option<(Object, [u8; 32
     typed(known, value)
         .and_then(|object| object.check(mesh).map(|()| Some((object, digest))))
         .map_err(|error| ItemError { subject, error })
+}
+
+fn is_policy(value: &Value) -> bool {
+    let text = |field| value.get(field).and_then(Value::as_str).unwrap_or_default();
+    let policies = [Kind::PeerAuthentication, Kind::AuthorizationPolicy];
+    policies
+        .iter()
+        .any(|kind| text("kind") == kind.as_str() && text("apiVersion").split('/').next() == Some(kind.group_versions().0))
+}
+
+/// What stands in for a policy that makes no sense, if it can be told whose it is.
+fn stand_in(policy: &Value, mesh: &MeshContext) -> Option<(Object, [u8; 32])> {
+    let object = if policy.get("kind").and_then(Value::as_str) == Some(Kind::PeerAuthentication.as_str()) {
+        Object::PeerAuthentication(Box::new(stand_in::peer_authentication(policy)?))
+    } else {
+        Object::AuthorizationPolicy(Box::new(stand_in::authorization(policy)?))
+    };
+    object.check(mesh).is_ok().then(|| (object, digest_of(policy)))
 }
 
 fn typed(kind: Kind, value: Value) -> Result<Object, FieldError> {
