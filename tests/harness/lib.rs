@@ -5,9 +5,13 @@
 
 pub mod app;
 pub mod cluster;
+pub mod crowd;
+pub mod forge;
+pub mod kernel;
 pub mod mesh;
 pub mod metrics;
 pub mod netns;
+pub mod peer;
 pub mod program;
 pub mod service;
 pub mod wire;

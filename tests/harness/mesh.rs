@@ -1,11 +1,16 @@
 //! A mesh of two nodes.
 
 use std::fs::{self, File};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
+
+mod control;
+mod place;
+
+pub use place::{Pod, PodSpec, addresses, link_address, manifest};
 
 use crate::netns::Namespace;
 use crate::{Capture, Metrics, PATIENCE, eventually, eventually_within};
@@ -24,6 +29,9 @@ pub struct Mesh {
     agents: [Option<Child>; 2],
     controller_arguments: Vec<String>,
     agent_arguments: [Vec<String>; 2],
+    agent_environment: Vec<(String, String)>,
+    root: PathBuf,
+    one_netns_dir: bool,
     pods: u16,
 }
 
@@ -34,52 +42,6 @@ pub struct MeshSpec<'a> {
     pub controller: &'a [&'a str],
     /// More arguments for the agent of each node.
     pub agents: [&'a [&'a str]; 2],
-}
-
-/// A pod to be made.
-#[derive(Clone, Copy, Debug)]
-pub struct PodSpec<'a> {
-    /// Its name, service account and label `app`.
-    pub name: &'a str,
-    /// Its namespace.
-    pub namespace: &'a str,
-    /// The number of its node.
-    pub node: usize,
-    /// Whether it is in the mesh.
-    pub enrolled: bool,
-}
-
-/// A pod that is there.
-#[derive(Debug)]
-pub struct Pod {
-    /// Its network namespace.
-    pub netns: Namespace,
-    /// Its IPv4 address.
-    pub v4: IpAddr,
-    /// Its IPv6 address.
-    pub v6: IpAddr,
-    mount: PathBuf,
-}
-
-impl Pod {
-    /// Its address and `port`, in either family.
-    #[must_use]
-    pub fn at(&self, v6: bool, port: u16) -> SocketAddr {
-        SocketAddr::new(if v6 { self.v6 } else { self.v4 }, port)
-    }
-}
-
-impl Pod {
-    /// Cuts the pod off, as if its node had lost power: what is sent to it is answered by nobody.
-    pub fn unplug(&self) {
-        self.netns.ip("link set eth0 down");
-    }
-}
-
-impl Drop for Pod {
-    fn drop(&mut self) {
-        let _gone_already = Command::new("umount").arg(&self.mount).output();
-    }
 }
 
 impl Mesh {
@@ -103,15 +65,23 @@ impl Mesh {
     }
 
     /// The same, as `spec` says.
+    #[must_use]
+    pub fn start_as(spec: MeshSpec<'_>) -> Self {
+        let mut mesh = Self::prepare(spec);
+        mesh.start_all();
+        mesh
+    }
+
+    /// Makes the network, and starts nothing yet.
     ///
     /// # Panics
     /// When something cannot be made: root, iproute2 and a built binary are needed.
     #[must_use]
-    pub fn start_as(spec: MeshSpec<'_>) -> Self {
+    pub fn prepare(spec: MeshSpec<'_>) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let id = format!("cv{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let dir = PathBuf::from("/run/culvert-test").join(&id);
-        let fabric = Namespace::new(&format!("{id}-fabric"));
+        let (fabric, root) = (Namespace::new(&format!("{id}-fabric")), dir.join("state/root-cert.pem"));
         fabric.ip("link add br0 type bridge");
         fabric.ip("link set br0 up");
         let mut mesh = Self {
@@ -123,12 +93,17 @@ impl Mesh {
             agents: [None, None],
             controller_arguments: spec.controller.iter().map(ToString::to_string).collect(),
             agent_arguments: spec.agents.map(|arguments| arguments.iter().map(ToString::to_string).collect()),
+            agent_environment: Vec::new(),
+            root,
+            one_netns_dir: false,
             pods: 0,
         };
+        fs::create_dir_all(mesh.dir.join("netns")).expect("a directory");
         for (number, name) in NODES.iter().enumerate() {
             fs::create_dir_all(mesh.dir.join(name).join("netns")).expect("a directory");
             let node = Namespace::new(&format!("{}-{name}", mesh.id));
-            node.ip("link add br0 type bridge");
+            // A bridge without an address of its own takes its ports' lowest, and goes astray for others when it changes.
+            node.ip(&format!("link add br0 address 02:00:00:00:00:0{number} type bridge"));
             node.ip("link set br0 up");
             node.ip(&format!("addr add 10.77.0.{}/16 dev br0", number + 1));
             node.ip(&format!("addr add fd77::{}/64 dev br0 nodad", number + 1));
@@ -141,9 +116,13 @@ impl Mesh {
             let object = format!("apiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\n");
             mesh.apply(&format!("node-{name}"), &object);
         }
-        mesh.start_controller();
-        (0..NODES.len()).for_each(|node| mesh.start_agent(node));
         mesh
+    }
+
+    /// Starts the controller, then the agents.
+    pub fn start_all(&mut self) {
+        self.start_controller();
+        (0..NODES.len()).for_each(|node| self.start_agent(node));
     }
 
     /// Starts the controller, and waits until it serves.
@@ -180,9 +159,9 @@ impl Mesh {
         let name = NODES[node];
         let mut command = self.nodes[node].command(&binary());
         command.args(["agent", "--node", name, "--controller", "https://10.77.0.1:15012", "--root-cert"]);
-        command.arg(self.dir.join("state/root-cert.pem")).arg("--token-file").arg(self.dir.join("state/tokens").join(name));
-        command.arg("--netns-dir").arg(self.dir.join(name).join("netns")).arg("--bpf-dir").arg(self.dir.join(name).join("bpf"));
-        command.args(&self.agent_arguments[node]);
+        command.arg(&self.root).arg("--token-file").arg(self.dir.join("state/tokens").join(name));
+        command.arg("--netns-dir").arg(self.netns_dir(node)).arg("--bpf-dir").arg(self.dir.join(name).join("bpf"));
+        command.args(&self.agent_arguments[node]).envs(self.agent_environment.iter().cloned());
         self.agents[node] = Some(self.spawn(command, &format!("agent-{name}")));
         let started = format!("agent-{name}");
         eventually("the agent starts", || self.log(&started).contains("agent started"));
@@ -249,49 +228,6 @@ impl Mesh {
         fs::read_to_string(self.dir.join("manifests").join(format!("{name}.yaml"))).expect("a manifest")
     }
 
-    /// Makes a pod; in the mesh it is enrolled when this returns.
-    ///
-    /// # Panics
-    /// When it cannot be made, or is not enrolled in time.
-    pub fn pod(&mut self, spec: PodSpec<'_>) -> Pod {
-        let PodSpec { name, namespace, node, enrolled } = spec;
-        self.pods += 1;
-        let (v4, v6) = (Ipv4Addr::new(10, 77, 1, self.pods as u8), Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 1, self.pods));
-        let label = if enrolled { "enabled" } else { "disabled" };
-        self.apply(
-            &format!("pod-{name}"),
-            &format!(
-                "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, \
-                 labels: {{app: {name}, culvert.dev/mesh: {label}}}}}\n\
-                 spec: {{nodeName: {}, serviceAccountName: {name}, containers: [{{name: app, image: none}}]}}\n\
-                 status: {{phase: Running, podIP: {v4}, podIPs: [{{ip: {v4}}}, {{ip: \"{v6}\"}}], \
-                 conditions: [{{type: Ready, status: \"True\"}}]}}\n",
-                NODES[node]
-            ),
-        );
-        let netns = Namespace::new(&format!("{}-p{}", self.id, self.pods));
-        netns.ip(&format!("link add eth0 type veth peer name v{} netns {}", self.pods, self.nodes[node].name()));
-        self.nodes[node].ip(&format!("link set v{} master br0", self.pods));
-        self.nodes[node].ip(&format!("link set v{} up", self.pods));
-        netns.ip("link set eth0 up");
-        netns.ip(&format!("addr add {v4}/16 dev eth0"));
-        netns.ip(&format!("addr add {v6}/64 dev eth0 nodad"));
-        let mount = self.dir.join(NODES[node]).join("netns").join(name);
-        File::create(&mount).expect("a file to mount on");
-        let mounted = Command::new("mount").arg("--bind").arg(netns.path()).arg(&mount).status().expect("mount is there");
-        assert!(mounted.success());
-        let pod = Pod { netns, v4: v4.into(), v6: v6.into(), mount };
-        // Both agents see all processes of this kernel: each has to learn that the namespace is a pod, or none of its own.
-        let outside = SocketAddr::from(([10, 77, 0, 1], 15012));
-        eventually(&format!("{name} may connect"), || crate::app::connect(&pod.netns, outside).is_ok());
-        if enrolled {
-            let log = format!("agent-{}", NODES[node]);
-            let lines = [format!("pod enrolled pod={name} "), format!("\"message\":\"pod enrolled\",\"pod\":\"{name}\"")];
-            eventually(&format!("{name} is enrolled"), || lines.iter().any(|line| self.log(&log).contains(line)));
-        }
-        pod
-    }
-
     /// Writes a manifest in YAML, as a whole.
     ///
     /// # Panics
@@ -307,7 +243,7 @@ impl Mesh {
     pub fn apply_file(&self, file: &str, text: &str) {
         let manifests = self.dir.join("manifests");
         fs::create_dir_all(&manifests).expect("a directory");
-        let half = self.dir.join("half-written");
+        let half = self.dir.join(format!("half-written-{file}"));
         fs::write(&half, text).expect("a file");
         fs::rename(half, manifests.join(file)).expect("a file moved");
     }

@@ -28,6 +28,12 @@ impl Metrics {
         });
         matching.sum::<f64>() as u64
     }
+
+    /// How many series there are of this name.
+    #[must_use]
+    pub fn count(&self, name: &str) -> usize {
+        self.0.lines().filter(|line| line.split(['{', ' ']).next() == Some(name)).count()
+    }
 }
 
 /// Fetches a page, head and all, over HTTP.

@@ -1,12 +1,13 @@
 //! What the links of a namespace carried: every frame, kept, to be searched.
 
 use std::io::Read as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, setsockopt, socket, sockopt};
 use socket2::Socket;
 
 use crate::Namespace;
@@ -50,6 +51,15 @@ impl Capture {
         self.frames.lock().expect("no panic").iter().any(|frame| frame.windows(bytes.len()).any(|window| window == bytes))
     }
 
+    /// The ends of each TCP segment that was captured, sender first. A segment shows once at each interface that it passes.
+    ///
+    /// # Panics
+    /// Never.
+    #[must_use]
+    pub fn segments(&self) -> Vec<(SocketAddr, SocketAddr)> {
+        self.frames.lock().expect("no panic").iter().filter_map(|frame| segment(frame)).collect()
+    }
+
     /// Ends the capture, when all that was sent has been seen.
     ///
     /// # Panics
@@ -68,6 +78,27 @@ fn open() -> Socket {
     let fd = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, all).expect("root may capture");
     let socket = Socket::from(fd);
     socket.set_read_timeout(Some(Duration::from_millis(20))).expect("a socket option");
-    socket.set_recv_buffer_size(64 << 20).expect("a socket option");
+    // Past the system's limit: a capture that loses frames proves nothing.
+    setsockopt(&socket, sockopt::RcvBufForce, &(256 << 20)).expect("root may have more");
     socket
+}
+
+/// The ends of the TCP segment in an Ethernet frame. Packets with IPv6 extension headers are none.
+fn segment(frame: &[u8]) -> Option<(SocketAddr, SocketAddr)> {
+    let (kind, packet) = (frame.get(12..14)?, frame.get(14..)?);
+    let (source, destination, tcp): (IpAddr, IpAddr, _) = match kind {
+        [8, 0] if packet.get(9) == Some(&6) => (
+            Ipv4Addr::from(*packet.get(12..)?.first_chunk::<4>()?).into(),
+            Ipv4Addr::from(*packet.get(16..)?.first_chunk::<4>()?).into(),
+            packet.get(usize::from(packet[0] & 15) * 4..)?,
+        ),
+        [0x86, 0xdd] if packet.get(6) == Some(&6) => (
+            Ipv6Addr::from(*packet.get(8..)?.first_chunk::<16>()?).into(),
+            Ipv6Addr::from(*packet.get(24..)?.first_chunk::<16>()?).into(),
+            packet.get(40..)?,
+        ),
+        _ => return None,
+    };
+    let port = |at: usize| Some(u16::from_be_bytes(*tcp.get(at..)?.first_chunk()?));
+    Some((SocketAddr::new(source, port(0)?), SocketAddr::new(destination, port(2)?)))
 }

@@ -17,13 +17,20 @@ macro_rules! in_each_form {
 }
 
 mod authorization;
+mod certificates;
+mod churn;
 mod encryption;
 mod ends;
-mod lifecycle;
+mod issuance;
+mod outage;
 mod programs;
+mod renewal;
 mod services;
+mod shared_kernel;
 mod sockets;
+mod start_race;
 mod telemetry;
 mod transparency;
 mod tunnel_forms;
+mod unreadable_policy;
 mod volume;

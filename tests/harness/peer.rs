@@ -1,0 +1,280 @@
+//! Another implementation of the tunnel (HBONE, HTTP/2 only), which believes whatever it is shown: a stranger with any certificate.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::{RecvStream, SendStream, client, server};
+use http::{Method, Request, Response};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+use crate::Namespace;
+use crate::forge::Credentials;
+
+/// How long a peer waits for anything.
+const PATIENCE: Duration = Duration::from_secs(8);
+/// The port of tunnels.
+const HBONE_PORT: u16 = 15008;
+
+/// Why a peer was not served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// The connection ended, with these words of TLS or of the network.
+    Connection(String),
+    /// The tunnel stands, but the request was answered with this status.
+    Status(u16),
+}
+
+impl<E: std::error::Error + Send + Sync + 'static> From<E> for Refused {
+    fn from(error: E) -> Self {
+        // HTTP/2 wraps what ended its connection.
+        let mut cause: &dyn std::error::Error = &error;
+        while let Some(source) = cause.source() {
+            cause = source;
+        }
+        Self::Connection(cause.to_string())
+    }
+}
+
+/// Opens a tunnel from `namespace` to a pod's tunnel port, asks for `authority`, says `words` there and gives the whole answer.
+///
+/// # Errors
+/// How it was refused.
+///
+/// # Panics
+/// When the thread cannot have a runtime.
+pub fn dial(
+    namespace: &Namespace,
+    pod: std::net::IpAddr,
+    credentials: Option<Credentials>,
+    authority: SocketAddr,
+    words: &'static str,
+) -> Result<String, Refused> {
+    namespace
+        .run(move || runtime().block_on(patiently(dial_here(SocketAddr::new(pod, HBONE_PORT), credentials, authority, words))))
+}
+
+/// Sends one gRPC request from `namespace` to a controller, with a token or none, and gives the status that it is answered with.
+///
+/// # Errors
+/// How the connection ended without a status.
+///
+/// # Panics
+/// When the thread cannot have a runtime.
+pub fn call(namespace: &Namespace, to: SocketAddr, path: &'static str, token: Option<String>) -> Result<String, Refused> {
+    namespace.run(move || runtime().block_on(patiently(call_here(to, path, token))))
+}
+
+/// Accepts tunnels at a pod's tunnel port, as its agent would, and echoes each stream. What became of each connection is in the list.
+///
+/// # Panics
+/// When the port is taken.
+#[must_use]
+pub fn accept(namespace: &Namespace, credentials: Credentials) -> Arc<Mutex<Vec<Result<(), Refused>>>> {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let kept = Arc::clone(&seen);
+    let (ready, listening) = std::sync::mpsc::channel();
+    let _serves_until_the_test_ends = namespace.spawn(move || {
+        runtime().block_on(async move {
+            let listener = TcpListener::bind(("::", HBONE_PORT)).await.expect("a free port");
+            ready.send(()).expect("somebody waits");
+            while let Ok((stream, _)) = listener.accept().await {
+                let served = serve(stream, server_config(credentials.clone())).await;
+                kept.lock().expect("no panic").push(served);
+            }
+        });
+    });
+    listening.recv().expect("a free port");
+    seen
+}
+
+async fn patiently<T>(work: impl Future<Output = Result<T, Refused>>) -> Result<T, Refused> {
+    let late = |_elapsed| Err(Refused::Connection("no answer in time".to_owned()));
+    tokio::time::timeout(PATIENCE, work).await.unwrap_or_else(late)
+}
+
+async fn dial_here(
+    to: SocketAddr,
+    credentials: Option<Credentials>,
+    authority: SocketAddr,
+    words: &'static str,
+) -> Result<String, Refused> {
+    let tls = TlsConnector::from(client_config(credentials)).connect(ServerName::from(to.ip()), TcpStream::connect(to).await?);
+    let (requests, connection) = client::handshake(tls.await?).await?;
+    let driven = tokio::spawn(connection);
+    let request = Request::builder().method(Method::CONNECT).uri(authority.to_string()).body(())?;
+    let exchange = async {
+        let (response, mut sink) = requests.ready().await?.send_request(request, false)?;
+        let response = response.await?;
+        if !response.status().is_success() {
+            return Err(Refused::Status(response.status().as_u16()));
+        }
+        sink.send_data(Bytes::from_static(words.as_bytes()), true)?;
+        let answer = drain(response.into_body()).await?;
+        Ok(String::from_utf8_lossy(&answer).into_owned())
+    };
+    match exchange.await {
+        // The connection knows better why it ended than the stream in it.
+        Err(Refused::Connection(words)) => match driven.await {
+            Ok(Err(error)) => Err(error.into()),
+            _ => Err(Refused::Connection(words)),
+        },
+        answer => answer,
+    }
+}
+
+async fn call_here(to: SocketAddr, path: &str, token: Option<String>) -> Result<String, Refused> {
+    let tls = TlsConnector::from(client_config(None)).connect(ServerName::from(to.ip()), TcpStream::connect(to).await?);
+    let (requests, connection) = client::handshake(tls.await?).await?;
+    let _driven = tokio::spawn(connection);
+    let mut request = Request::builder().method(Method::POST).uri(format!("https://{to}{path}"));
+    request = request.header("content-type", "application/grpc").header("te", "trailers");
+    if let Some(token) = token {
+        request = request.header("authorization", format!("Bearer {token}"));
+    }
+    let (response, mut sink) = requests.ready().await?.send_request(request.body(())?, false)?;
+    // One empty message: a head without compression, and no bytes.
+    sink.send_data(Bytes::from_static(&[0; 5]), true)?;
+    let response = response.await?;
+    let status = |headers: &http::HeaderMap| Some(headers.get("grpc-status")?.to_str().ok()?.to_owned());
+    if let Some(status) = status(response.headers()) {
+        return Ok(status);
+    }
+    let mut body = response.into_body();
+    while body.data().await.transpose()?.is_some() {}
+    let trailers = body.trailers().await?.and_then(|trailers| status(&trailers));
+    trailers.ok_or_else(|| Refused::Connection("no status".to_owned()))
+}
+
+async fn serve(stream: TcpStream, config: Arc<ServerConfig>) -> Result<(), Refused> {
+    let mut connection = server::handshake(TlsAcceptor::from(config).accept(stream).await?).await?;
+    while let Some(request) = connection.accept().await {
+        let (request, mut respond) = request?;
+        let sink = respond.send_response(Response::new(()), false)?;
+        tokio::spawn(echo(request.into_body(), sink));
+    }
+    Ok(())
+}
+
+async fn echo(body: RecvStream, mut sink: SendStream<Bytes>) {
+    // Little enough to be in one window.
+    if let Ok(words) = drain(body).await {
+        let _gone = sink.send_data(words.into(), true);
+    }
+}
+
+async fn drain(mut body: RecvStream) -> Result<Vec<u8>, h2::Error> {
+    let mut all = Vec::new();
+    while let Some(chunk) = body.data().await.transpose()? {
+        all.extend_from_slice(&chunk);
+    }
+    Ok(all)
+}
+
+fn client_config(credentials: Option<Credentials>) -> Arc<ClientConfig> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider)).with_protocol_versions(&[&rustls::version::TLS13]);
+    let builder = builder.expect("TLS 1.3 is there").dangerous().with_custom_certificate_verifier(Arc::new(Anybody(provider)));
+    let mut config = match credentials {
+        Some(Credentials { chain, key }) => builder.with_client_auth_cert(chain, key).expect("a certificate and its key"),
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Arc::new(config)
+}
+
+fn server_config(Credentials { chain, key }: Credentials) -> Arc<ServerConfig> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let builder = ServerConfig::builder_with_provider(Arc::clone(&provider)).with_protocol_versions(&[&rustls::version::TLS13]);
+    let builder = builder.expect("TLS 1.3 is there").with_client_cert_verifier(Arc::new(Anybody(provider)));
+    let mut config = builder.with_single_cert(chain, key).expect("a certificate and its key");
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Arc::new(config)
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
+/// Believes everybody.
+#[derive(Debug)]
+struct Anybody(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("only TLS 1.3 is spoken".to_owned()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for Anybody {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("only TLS 1.3 is spoken".to_owned()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}

@@ -1,0 +1,131 @@
+//! Promise: who cannot prove to be the workload that is meant is refused, on either side, with a log line, a count and a reset.
+
+use harness::forge::{Credentials, Forge, Wanted};
+use harness::mesh::manifest;
+use harness::peer::{self, Refused};
+use harness::{Mesh, MeshSpec, PodSpec, app, eventually};
+
+const PORT: u16 = 8080;
+const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
+const SERVER: &str = "spiffe://cluster.local/ns/shop/sa/server";
+
+/// Credentials that do not hold for `id`, each with what the refusing side must say.
+fn rogues(mesh: &Mesh, id: &str) -> Vec<(&'static str, Credentials)> {
+    let (right, nobody) = (Forge::of_controller(mesh), Forge::of_nobody());
+    let elsewhere = id.replace("cluster.local", "elsewhere.example");
+    vec![
+        ("it is expired since", right.make(&Wanted::workload(id).valid(-7200, -3600))),
+        ("it is not valid before", right.make(&Wanted::workload(id).valid(3600, 7200))),
+        // Its root has the right name and the wrong key.
+        ("its chain does not verify", nobody.make(&Wanted::workload(id))),
+        ("has 0 URI names", right.make(&Wanted::host("server.shop.svc"))),
+        ("elsewhere.example", right.make(&Wanted::workload(&elsewhere))),
+    ]
+}
+
+#[test]
+fn a_client_that_proves_nothing_is_refused_and_one_that_does_is_served() {
+    let mut mesh = Mesh::start();
+    let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
+    app::server(&server.netns, PORT, app::echo);
+    let stranger = mesh.pod(PodSpec { name: "stranger", namespace: "shop", node: 0, enrolled: false });
+    let dial = |credentials| peer::dial(&stranger.netns, server.v4, credentials, server.at(false, PORT), "hello");
+    let good = || Forge::of_controller(&mesh).make(&Wanted::workload(CLIENT));
+    let served = |credentials: Credentials| dial(Some(credentials)).is_ok_and(|answer| answer.ends_with("\nhello"));
+    eventually("a client with a good certificate is served", || served(good()));
+
+    let refusals = || mesh.metrics(1).sum("culvert_handshakes_total", &["side=\"server\"", "result=\"peer_not_authenticated\""]);
+    for (words, credentials) in rogues(&mesh, CLIENT) {
+        let before = (refusals(), mesh.log("agent-b").len());
+        let refused = dial(Some(credentials)).expect_err(words);
+        assert!(matches!(&refused, Refused::Connection(_)), "{words}: {refused:?}");
+        eventually(&format!("the refusal is logged: {words}"), || {
+            let log = mesh.log("agent-b");
+            let line = log[before.1..].lines().find(|line| line.contains("connection failed"));
+            line.is_some_and(|line| line.contains("peer_not_authenticated") && line.contains(words))
+        });
+        eventually("the refusal is counted", || refusals() > before.0);
+    }
+    let before = refusals();
+    assert!(matches!(dial(None), Err(Refused::Connection(_))));
+    eventually("the lack of a certificate is counted", || refusals() > before);
+    assert!(mesh.log("agent-b").contains("the peer presented no certificate"));
+    assert!(served(good()), "a good certificate is served after all of these");
+}
+
+#[test]
+fn a_tunnel_leads_to_its_own_pod_only() {
+    let mut mesh = Mesh::start();
+    let pods = ["server", "other"].map(|name| {
+        let pod = mesh.pod(PodSpec { name, namespace: "shop", node: 1, enrolled: true });
+        app::server(&pod.netns, PORT, app::echo);
+        pod
+    });
+    let [server, other] = &pods;
+    let stranger = mesh.pod(PodSpec { name: "stranger", namespace: "shop", node: 0, enrolled: false });
+    let good = Forge::of_controller(&mesh).make(&Wanted::workload(CLIENT));
+    let ask = |authority| peer::dial(&stranger.netns, server.v4, Some(good.clone()), authority, "hello");
+    eventually("the pod's own address is served", || ask(server.at(false, PORT)).is_ok());
+    assert!(ask(server.at(true, PORT)).is_ok(), "its other address as well");
+    for (place, authority) in [
+        ("another pod of the node", other.at(false, PORT)),
+        ("loopback", ([127, 0, 0, 1], PORT).into()),
+        ("the node", ([10, 77, 0, 2], PORT).into()),
+    ] {
+        assert_eq!(ask(authority), Err(Refused::Status(400)), "{place}");
+        let line = format!("dst.addr={authority}");
+        eventually("the refusal is logged", || {
+            mesh.log("agent-b").lines().any(|log| log.contains(&line) && log.contains("bad_request"))
+        });
+    }
+}
+
+#[test]
+fn a_server_that_is_not_the_workload_that_was_meant_gets_no_byte() {
+    let mut mesh = Mesh::prepare(MeshSpec::default());
+    mesh.start_controller();
+    mesh.start_agent(0);
+    let client = mesh.pod(PodSpec { name: "client", namespace: "shop", node: 0, enrolled: true });
+    let right = Forge::of_controller(&mesh);
+    let mut servers = rogues(&mesh, SERVER);
+    servers.push(("it names another workload", right.make(&Wanted::workload("spiffe://cluster.local/ns/shop/sa/thief"))));
+    let refusals = || mesh.metrics(0).sum("culvert_handshakes_total", &["side=\"client\"", "result=\"peer_not_authenticated\""]);
+    for (number, (words, credentials)) in servers.into_iter().enumerate() {
+        // No agent runs on that node: who listens is whoever got there.
+        let name = format!("server-{number}");
+        let (spec, place) = (PodSpec { name: &name, namespace: "shop", node: 1, enrolled: true }, 100 + number as u16);
+        let account = format!("serviceAccountName: {name}");
+        mesh.apply(&format!("pod-{name}"), &manifest(spec, place).replace(&account, "serviceAccountName: server"));
+        let server = mesh.place_only(spec, place);
+        let seen = peer::accept(&server.netns, credentials);
+        let mut capture = mesh.capture_between_nodes();
+        let before = (refusals(), mesh.log("agent-a").len());
+        let logged = || {
+            let log = mesh.log("agent-a");
+            let line = log[before.1..].lines().find(|line| line.contains("peer_not_authenticated"));
+            line.is_some_and(|line| line.contains(words))
+        };
+        eventually(&format!("the refusal is logged: {words}"), || {
+            let answer = app::converse(&client.netns, server.at(false, PORT), "marker-for-nobody");
+            let reset = answer.as_ref().is_err_and(|error| {
+                [std::io::ErrorKind::ConnectionReset, std::io::ErrorKind::ConnectionRefused].contains(&error.kind())
+            });
+            assert!(reset, "{words}: {answer:?}");
+            logged()
+        });
+        assert!(refusals() > before.0, "the refusal is counted: {words}");
+        capture.finish();
+        assert!(!capture.shows(b"marker-for-nobody"));
+        let ends = seen.lock().expect("no panic");
+        assert!(ends.iter().all(|end| matches!(end, Err(Refused::Connection(_)))), "{words}: {ends:?}");
+    }
+    let server = mesh.place(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
+    let _seen = peer::accept(&server.netns, right.make(&Wanted::workload(SERVER)));
+    eventually("the right certificate is served", || {
+        let mut stream = app::connect(&client.netns, server.at(false, PORT)).expect("captured");
+        let answer = std::io::Write::write_all(&mut stream, b"hello")
+            .and_then(|()| stream.shutdown(std::net::Shutdown::Write))
+            .and_then(|()| std::io::read_to_string(&mut stream));
+        answer.is_ok_and(|answer| answer == "hello")
+    });
+}
