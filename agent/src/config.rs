@@ -105,8 +105,11 @@ pub enum ConfigError {
     )]
     Listen(String),
     /// No duration.
-    #[error("`{0}` is not a duration: write a number and ms, s, m or h, such as 10s")]
+    #[error("`{0}` is not a duration of at most 24h: write a number and ms, s, m or h, such as 10s")]
     Duration(String),
+    /// A certificate that is never valid.
+    #[error("`{0}` is no life for a certificate: write a longer one, such as 24h")]
+    Lifetime(String),
 }
 
 impl AgentConfig {
@@ -233,6 +236,14 @@ pub fn parse_duration(text: &str) -> Result<Duration, ConfigError> {
     };
     let millis = number.checked_mul(unit).filter(|millis| *millis <= 24 * 3_600_000).ok_or_else(error)?;
     Ok(Duration::from_millis(millis))
+}
+
+/// Reads the life of a certificate: a duration that is not zero.
+///
+/// # Errors
+/// [`ConfigError::Duration`] and [`ConfigError::Lifetime`].
+pub fn parse_lifetime(text: &str) -> Result<Duration, ConfigError> {
+    parse_duration(text).and_then(|life| if life.is_zero() { Err(ConfigError::Lifetime(text.to_owned())) } else { Ok(life) })
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use self::authority::Authority;
 use self::index::{Finding, Index, MeshSettings};
@@ -45,6 +45,7 @@ use self::publish::{MeshState, Publisher};
 use self::serve::Shared;
 use self::source::manifests::Manifests;
 use self::source::{Batch, Feed, ObjectKey, Source};
+use crate::limits;
 use crate::model::TrustDomain;
 use crate::observe::ControllerMetrics;
 
@@ -113,6 +114,8 @@ struct Followed {
 /// # Errors
 /// When the controller cannot start or its server fails.
 pub async fn run(config: ControllerConfig, shutdown: impl Future<Output = ()>) -> Result<()> {
+    let descriptors = limits::raise_descriptors();
+    debug!(descriptors, "the limit of open files is raised");
     let mut shutdown = std::pin::pin!(shutdown);
     let mut running = tokio::select! {
         running = start(config) => running?,

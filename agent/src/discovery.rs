@@ -133,3 +133,25 @@ impl DiscoveryHandle {
         }
     }
 }
+
+/// Takes foreign bytes for a controller's response, of each type in turn, into a mirror that keeps what came before.
+#[cfg(any(test, feature = "fuzz"))]
+pub fn fuzz(bytes: &[u8]) {
+    use prost::Message as _;
+
+    let Ok(default_trust_domain) = "cluster.local".parse() else { return };
+    let Ok(response) = crate::proto::discovery::DeltaDiscoveryResponse::decode(bytes) else { return };
+    let mut mirror = mirror::Mirror::new("fuzz", default_trust_domain);
+    for kind in mirror::Kind::ALL.into_iter().chain(mirror::Kind::ALL) {
+        let mut of_kind = response.clone();
+        // A mutation seldom hits a type's whole name.
+        for value in of_kind.resources.iter_mut().filter_map(|resource| resource.resource.as_mut()) {
+            value.type_url = kind.type_url().to_owned();
+        }
+        drop(mirror.apply(kind, &of_kind, |_| true));
+    }
+    let snapshot = mirror.snapshot();
+    for workload in snapshot.workloads() {
+        drop(snapshot.policies_for(workload));
+    }
+}

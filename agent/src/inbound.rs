@@ -26,6 +26,7 @@ use crate::capture::{Accepted, DELIVERY_MARK, Listener, LocalPod, destroy_inboun
 use crate::deliver::{DeliverError, connect};
 use crate::drain::Drain;
 use crate::identity::SvidStore;
+use crate::limits::Antechamber;
 use crate::model::{CloseReason, Flow, Mode, PeerAddr, Snapshot, SpiffeId, Verdict, Workload};
 use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Side};
 use crate::policy::evaluate::evaluate;
@@ -43,6 +44,8 @@ use streams::Peer;
 
 /// How long a peer waits for the pod's certificate.
 const IDENTITY_DEADLINE: Duration = Duration::from_secs(5);
+/// How many peers may be about to shake hands at once, over all pods.
+const STRANGERS: usize = 1024;
 /// Linux's default range of source ports.
 const SOURCE_PORTS: std::ops::Range<u16> = 32_768..61_000;
 
@@ -56,6 +59,7 @@ pub struct Inbound {
     form: TunnelForm,
     /// By identity; each is for one certificate and one bundle of roots.
     server_configs: Mutex<HashMap<SpiffeId, (u64, Arc<str>, Arc<ServerConfig>)>>,
+    strangers: Arc<Antechamber>,
 }
 
 /// What a connection is refused for.
@@ -81,17 +85,18 @@ impl Inbound {
         form: TunnelForm,
     ) -> Arc<Self> {
         let open = Arc::new(OpenConnections::default());
-        Arc::new(Self { snapshots, svids, open, observer, drain, form, server_configs: Mutex::default() })
+        let strangers = Antechamber::new(STRANGERS);
+        Arc::new(Self { snapshots, svids, open, observer, drain, form, server_configs: Mutex::default(), strangers })
     }
 
     /// Serves the tunnels that peers open to `pod`, until the pod leaves the mesh or the agent stops.
     pub async fn serve_tunnels(self: Arc<Self>, pod: Arc<LocalPod>, listener: Listener, permits: Permits) {
         let handle = |accepted| {
-            let (inbound, pod) = (Arc::clone(&self), Arc::clone(&pod));
-            async move { inbound.tunnel(pod, accepted).await }
+            let (inbound, pod, permits) = (Arc::clone(&self), Arc::clone(&pod), permits.clone());
+            async move { inbound.tunnel(pod, accepted, permits).await }
         };
         let overloaded = |accepted: &Accepted| self.overloaded(&pod, accepted);
-        serve(listener, Arc::clone(&pod), self.drain.clone(), permits, handle, overloaded).await;
+        serve(listener, Arc::clone(&pod), self.drain.clone(), permits.clone(), handle, overloaded).await;
     }
 
     /// Serves the plaintext connections to `pod` that the kernel would not rule on alone.
@@ -151,12 +156,19 @@ impl Inbound {
         self.observer.fail(&info, CloseReason::Overloaded, &"the agent holds as many connections as its descriptors allow");
     }
 
-    async fn tunnel(self: Arc<Self>, pod: Arc<LocalPod>, Accepted { stream, peer: source, local }: Accepted) {
+    async fn tunnel(self: Arc<Self>, pod: Arc<LocalPod>, Accepted { stream, peer: source, local }: Accepted, permits: Permits) {
         let started = Instant::now();
         // What a handshake takes is long gone while the tunnel is there.
         let accepted = Box::pin(async {
-            let config = self.tls(&pod).await?;
-            accept::handshake(stream, PeerAddr(source), config).await
+            let waiting = self.strangers.enter();
+            let handshake = async {
+                let config = self.tls(&pod).await?;
+                accept::handshake(stream, PeerAddr(source), config).await
+            };
+            tokio::select! {
+                accepted = handshake => accepted,
+                () = waiting.evicted() => Err(TunnelError::Crowded { peer: source }),
+            }
         })
         .await;
         let result = accepted.as_ref().map_or_else(|error| error.reason().as_str(), |_| "ok");
@@ -174,7 +186,7 @@ impl Inbound {
         let _counted = self.observer.metrics().tunnel(Side::Server);
         let peer = Peer { identity: accepted.source, addr: source, local };
         match accepted.tunnel {
-            Form::Hbone(tunnel) => Box::pin(self.hbone(pod, peer, tunnel)).await,
+            Form::Hbone(tunnel) => Box::pin(self.hbone(pod, peer, tunnel, permits)).await,
             Form::Single(tunnel) => self.single(pod, peer, tunnel).await,
         }
     }

@@ -8,9 +8,12 @@ pub mod deliver;
 pub mod diagnosis;
 pub mod discovery;
 pub mod drain;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 pub mod identity;
 pub mod inbound;
 pub mod installation;
+pub mod limits;
 pub mod model;
 pub mod node;
 pub mod observe;

@@ -2,17 +2,18 @@
 //!
 //! Nothing imports this module but the command line. What a part needs of another it is given here, as narrow as it can be.
 
+pub mod privileges;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::capture::{Ask, Capture, CaptureError, ListenerKind, LoadConfig, LocalPod, PodEvent};
 use crate::config::AgentConfig;
@@ -20,6 +21,7 @@ use crate::discovery::{Discovery, DiscoveryConfig, DiscoveryHandle};
 use crate::drain::{Drain, StopSignals};
 use crate::identity::{ControllerEndpoint, ControllerIssuer, StoreConfig, SvidStore, SystemClock};
 use crate::inbound::Inbound;
+use crate::limits;
 use crate::observe::{AdminSources, ConnectionInfo, Direction, Observer, Readiness, admin, http};
 use crate::outbound::Outbound;
 use crate::serve::Permits;
@@ -36,7 +38,8 @@ const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
 /// # Errors
 /// What keeps it from starting: the kernel, permissions, an address in use.
 pub async fn run(config: AgentConfig) -> Result<()> {
-    let permits = Permits::for_descriptors(raise_file_limit());
+    privileges::check()?;
+    let permits = Permits::for_descriptors(limits::raise_descriptors());
     let observer = Observer::new(&config.node);
     let readiness = Readiness::new();
     let loaded = readiness.condition("eBPF programs loaded");
@@ -292,17 +295,5 @@ fn certificate(status: &crate::identity::SvidStatus) -> serde_json::Value {
         "next_attempt": readable(status.next_attempt),
         "failures": status.failures,
         "last_error": status.last_error,
-    })
-}
-
-/// Every connection costs descriptors; the agent takes as many as it may have. Returns how many that is.
-fn raise_file_limit() -> u64 {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| {
-        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
-        Ok(hard)
-    });
-    raised.unwrap_or_else(|error| {
-        warn!(%error, "the limit of open files stays as it is");
-        1024
     })
 }

@@ -33,3 +33,32 @@ impl fmt::Display for Problem {
         write!(f, "{}: `{}` {}; {}", self.field, self.value, self.message, self.effect)
     }
 }
+
+/// Takes foreign bytes for the specification of either policy, compiles and evaluates it.
+#[cfg(any(test, feature = "fuzz"))]
+pub fn fuzz(bytes: &[u8]) {
+    use crate::model::{Flow, SpiffeId};
+
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let Ok(trust_domain) = "cluster.local".parse() else { return };
+    let mesh = compile::MeshContext { root_namespace: "istio-system".to_owned(), trust_domain };
+    let whole = format!("metadata: {{name: p, namespace: shop}}\nspec:\n{text}");
+    let read = || serde_yaml_ng::Deserializer::from_str(&whole);
+    if let Ok(policy) = objects::parse::<objects::PeerAuthenticationSpec, _>(read()) {
+        drop(peer_authentication::check(&policy, &mesh.root_namespace));
+        drop(peer_authentication::resolve([&policy], "shop", &std::collections::BTreeMap::new(), &mesh.root_namespace));
+    }
+    let Ok(policy) = objects::parse::<objects::AuthorizationPolicySpec, _>(read()) else { return };
+    let Ok(compiled) = compile::authorization(&policy, &mesh) else { return };
+    let Some(authorization) = compiled.authorization.map(std::sync::Arc::new) else { return };
+    let identities = [None, SpiffeId::new(mesh.trust_domain.clone(), "shop", "cart").ok()];
+    for (source_identity, family) in identities.into_iter().flat_map(|identity| [(identity.clone(), false), (identity, true)]) {
+        let address = |last: u8| match family {
+            false => std::net::SocketAddr::from(([10, 0, 0, last], 80)),
+            true => std::net::SocketAddr::from(([0xfd00, 0, 0, 0, 0, 0, 0, u16::from(last)], 80)),
+        };
+        let flow = Flow { source_identity, source: address(1), destination: address(2) };
+        let evaluation = evaluate::evaluate(&flow, &[std::sync::Arc::clone(&authorization)], &[], true);
+        drop(explain::explain(&flow, &evaluation));
+    }
+}

@@ -1,5 +1,12 @@
 //! The wire formats, generated from `agent/proto` by `build.rs`.
-#![allow(missing_docs, clippy::all, clippy::wildcard_enum_match_arm, unreachable_pub, reason = "generated code")]
+#![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated code")]
+#![allow(
+    clippy::allow_attributes_without_reason,
+    clippy::clone_on_ref_ptr,
+    clippy::too_many_lines,
+    clippy::wildcard_enum_match_arm,
+    reason = "generated code"
+)]
 
 /// Envoy's discovery protocol.
 pub mod discovery {

@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::capture::{Accepted, Listener, LocalPod};
 use crate::drain::Drain;
@@ -20,6 +20,12 @@ impl Permits {
         let connections = usize::try_from(descriptors / 4).unwrap_or(usize::MAX).clamp(64, Semaphore::MAX_PERMITS);
         Self(Arc::new(Semaphore::new(connections)))
     }
+
+    /// Room for one connection more, given back when dropped; none past the bound.
+    #[must_use]
+    pub fn take(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.0).try_acquire_owned().ok()
+    }
 }
 
 /// Hands each connection that arrives at `listener` to `handle`, in a task of its own, until the pod leaves the mesh or the agent
@@ -28,7 +34,7 @@ pub async fn serve<F>(
     listener: Listener,
     pod: Arc<LocalPod>,
     drain: Drain,
-    Permits(permits): Permits,
+    permits: Permits,
     handle: impl Fn(Accepted) -> F,
     overloaded: impl Fn(&Accepted),
 ) where
@@ -40,7 +46,7 @@ pub async fn serve<F>(
             () = pod.released.cancelled() => return,
             () = drain.started() => return,
         };
-        let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
+        let Some(permit) = permits.take() else {
             overloaded(&accepted);
             tcp::reset_on_close(&accepted.stream);
             continue;

@@ -108,6 +108,12 @@ pub enum TunnelError {
         /// The peer.
         peer: SocketAddr,
     },
+    /// The peer had not proved who it is when its place was needed for another.
+    #[error("no tunnel with {peer}: too many peers are about to shake hands, and it has taken longest")]
+    Crowded {
+        /// The peer.
+        peer: SocketAddr,
+    },
     /// The certificates of one side did not satisfy the other, or the peer speaks no TLS 1.3.
     #[error("no tunnel with {peer}: {}", tls::in_words(source))]
     Handshake {
@@ -146,6 +152,7 @@ impl TunnelError {
             // A server's refusal comes after the client's own handshake is complete.
             Self::Cut(error) if tls::refused_by_peer(error) => CloseReason::PeerNotAuthenticated,
             Self::Broken(error) if error.get_io().is_some_and(tls::refused_by_peer) => CloseReason::PeerNotAuthenticated,
+            Self::Crowded { .. } => CloseReason::Overloaded,
             Self::NoIdentity(_) | Self::Config(_) => CloseReason::NoIdentity,
             Self::Broken(_) | Self::Cut(_) => CloseReason::TunnelFailed,
             Self::Refused { reason } => *reason,

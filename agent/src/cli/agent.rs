@@ -11,6 +11,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use crate::config::{
     ADMIN_LISTEN, AgentConfig, ConfigError, ControllerAddress, METRICS_LISTEN, READY_LISTEN, parse_duration, parse_listen,
 };
+use crate::model::CloseReason;
 use crate::observe::log::{self, LogFormat};
 use crate::tunnel::TunnelForm;
 
@@ -18,6 +19,7 @@ use crate::tunnel::TunnelForm;
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "The environment variable CULVERT_LOG sets what is logged: a level, or directives such as \
                         info,culvert::tunnel=debug,access=off [default: info].")]
+#[command(after_long_help = close_reasons())]
 pub struct AgentArgs {
     /// This node's name, as the cluster knows it.
     #[arg(long, value_name = "NAME", env = "CULVERT_NODE")]
@@ -75,6 +77,17 @@ pub struct AgentArgs {
     /// How long open connections may go on when the agent is told to stop.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     drain_timeout: Duration,
+}
+
+/// The words by which the access log and the metrics tell why a connection ended.
+fn close_reasons() -> String {
+    let mut text = "The environment variable CULVERT_LOG sets what is logged: a level, or directives such as \
+                    info,culvert::tunnel=debug,access=off [default: info].\n\nWhy a connection ended (`reason` in the access log):\n"
+        .to_owned();
+    for reason in CloseReason::ALL {
+        text += &format!("  {:<24} {}\n", reason.as_str(), reason.meaning());
+    }
+    text
 }
 
 /// Reads a log format; shared by the roles.

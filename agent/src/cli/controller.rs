@@ -7,11 +7,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use clap::builder::NonEmptyStringValueParser;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::agent::log_format;
 use super::ca::SYSTEM_NAMESPACE;
-use crate::config::{METRICS_LISTEN, READY_LISTEN, parse_duration, parse_listen};
+use crate::config::{METRICS_LISTEN, READY_LISTEN, parse_lifetime, parse_listen};
 use crate::controller::on_kubernetes::KubernetesConfig;
 use crate::controller::{self, ControllerConfig, SourceConfig};
 use crate::model::TrustDomain;
@@ -52,7 +53,7 @@ pub struct ControllerArgs {
     trust_domain: TrustDomain,
 
     /// The longest life of a workload's certificate, such as 24h, 90s or 500ms.
-    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = parse_lifetime)]
     cert_ttl: Duration,
 
     /// Deny connections that no ALLOW policy covers.
@@ -60,11 +61,11 @@ pub struct ControllerArgs {
     default_deny: bool,
 
     /// The namespace whose policies apply to the whole mesh.
-    #[arg(long, value_name = "NAME", default_value = "istio-system")]
+    #[arg(long, value_name = "NAME", default_value = "istio-system", value_parser = NonEmptyStringValueParser::new())]
     root_namespace: String,
 
     /// The domain that services' names end in.
-    #[arg(long, value_name = "NAME", default_value = "cluster.local")]
+    #[arg(long, value_name = "NAME", default_value = "cluster.local", value_parser = NonEmptyStringValueParser::new())]
     cluster_domain: String,
 
     /// How log lines are written.

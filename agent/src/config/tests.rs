@@ -104,3 +104,10 @@ fn durations_are_read() {
         assert_eq!(parse_duration(text), Err(ConfigError::Duration(text.to_owned())));
     }
 }
+
+#[test]
+fn a_certificate_lives_longer_than_no_time() {
+    assert_eq!(parse_lifetime("500ms"), Ok(Duration::from_millis(500)));
+    assert_eq!(parse_lifetime("0s"), Err(ConfigError::Lifetime("0s".to_owned())));
+    assert_eq!(parse_lifetime("25h"), Err(ConfigError::Duration("25h".to_owned())));
+}

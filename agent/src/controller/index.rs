@@ -4,6 +4,7 @@
 //! operator should know. Pure: no I/O, no clock. Objects that contradict each other never break it, and never lend one workload
 //! another's address or identity.
 
+mod clashes;
 mod endpoints;
 mod findings;
 mod pod;
@@ -22,7 +23,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use tracing::debug;
+use tracing::{debug, info};
 
 use self::endpoints::{Slice, Slices, Target};
 pub use self::findings::Finding;
@@ -95,6 +96,8 @@ pub struct Index {
     enrolled: BTreeMap<Arc<str>, i64>,
     findings: Findings,
     conflicts: BTreeSet<(ObjectName, ObjectName)>,
+    /// Enrolled pods on nodes that there are no objects of.
+    strays: BTreeSet<ObjectName>,
     stale: Stale,
 }
 
@@ -131,6 +134,7 @@ impl Index {
             enrolled: BTreeMap::new(),
             findings: Findings::default(),
             conflicts: BTreeSet::new(),
+            strays: BTreeSet::new(),
             stale: Stale { mesh: true, nodes: true, namespaces: true, ..Stale::none() },
         }
     }
@@ -198,6 +202,11 @@ impl Index {
             if was_served || resource.is_some() {
                 update.resources.push((ResourceKind::Address, endpoint.uid(), resource));
             }
+        }
+        // With other nodes, every pod may have become a stray or ceased to be one.
+        let perhaps_stray = if stale.nodes { self.pods.keys().cloned().collect() } else { stale.pods };
+        for name in &perhaps_stray {
+            self.note_stray(name, &mut update.warnings);
         }
         if stale.mesh {
             update.resources.push((ResourceKind::Mesh, "mesh".into(), Some(self.mesh())));
@@ -334,6 +343,9 @@ impl Index {
             .chain(&slice)
             .map(|slice| (slice.service.clone(), self.slices.serves(&slice.service)))
             .collect();
+        let orphan = slice.as_ref().map(|slice| &slice.service).filter(|service| !self.services.contains_key(*service));
+        orphan
+            .inspect(|service| info!("EndpointSlice {name} is for the Service {service}, which there is not: it has no effect"));
         let targets = self.slices.set(name, slice);
         for (service, served) in services {
             self.touch_targets(&service, targets.clone());
@@ -384,7 +396,9 @@ impl Index {
         for target in targets {
             match target {
                 Target::Pod(name) if self.pods.contains_key(&name) => drop(self.stale.pods.insert(name)),
-                Target::Pod(name) => debug!(pod = %name, "an endpoint is no known pod"),
+                Target::Pod(name) => {
+                    info!("an EndpointSlice names the Pod {name}, which there is not: that endpoint is left out");
+                }
                 Target::Address(address) => {
                     self.touch_claimants(address);
                     self.stale.podless.insert(Podless { service: service.clone(), address });
@@ -455,25 +469,6 @@ impl Index {
             _ => drop(self.enrolled.insert(Arc::clone(namespace), now)),
         }
         (before == 0) != (now == 0)
-    }
-
-    /// Warns of pods with one address, once, and forgets conflicts that are over.
-    fn note_conflicts(&mut self, name: &ObjectName, warnings: &mut Vec<String>) {
-        let mut winners = BTreeMap::new();
-        for address in self.pods.get(name).into_iter().flat_map(PodRecord::claimed) {
-            if let Some(owner) = self.owner(*address).filter(|owner| *owner != name) {
-                winners.insert(owner.clone(), *address);
-            }
-        }
-        self.conflicts.retain(|(loser, winner)| loser != name || winners.contains_key(winner));
-        for (winner, address) in winners {
-            if self.conflicts.insert((name.clone(), winner.clone())) {
-                warnings.push(format!(
-                    "pods {winner} and {name} both have the address {address}: {winner} is older and keeps it, {name} is not served; \
-                     correct status.podIPs of one of them"
-                ));
-            }
-        }
     }
 }
 

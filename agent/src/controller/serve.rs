@@ -3,9 +3,11 @@
 //! Enters: connections from anywhere, the mesh's states, the authority. Leaves: delta xDS and signed certificates. Bytes from the
 //! network can neither end the process nor make it keep more than a bounded amount.
 
+mod authenticated;
 mod certificates;
 mod discovery;
 mod listener;
+mod quota;
 mod subscription;
 
 use std::sync::Arc;
@@ -15,17 +17,20 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 use tonic::metadata::MetadataMap;
 use tonic::transport::Server;
-use tonic::{Request, Status};
 
+use self::authenticated::Authenticated;
 use self::certificates::Certificates;
 use self::discovery::Discovery;
+use self::quota::Quota;
 use super::authority::Authority;
 use super::node_auth::NodeAuth;
 use super::publish::MeshState;
 use super::source::Barrier;
 use crate::observe::ControllerMetrics;
+use crate::observe::control_plane::Refusal;
 use crate::proto::ca::istio_certificate_service_server::IstioCertificateServiceServer;
 use crate::proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 
@@ -36,7 +41,7 @@ const STREAMS: u32 = 1024;
 /// The largest list of headers taken, in bytes.
 const HEADERS: u32 = 16 * 1024;
 /// The largest discovery request, in bytes: a reconnecting client names all that it holds.
-const DISCOVERY_REQUEST: usize = 64 * 1024 * 1024;
+const DISCOVERY_REQUEST: usize = 32 * 1024 * 1024;
 /// The largest certificate request, in bytes.
 const CERTIFICATE_REQUEST: usize = 64 * 1024;
 
@@ -66,28 +71,23 @@ impl Shared {
     }
 }
 
-impl ConnectionAuth {
-    /// That of the connection that a request came on.
-    fn of<T>(request: &Request<T>) -> Option<Self> {
-        request.extensions().get::<Self>().cloned()
-    }
-}
-
 /// Serves on `listener` until `shared.stop` is cancelled. `names` are the DNS names that agents may know the controller by.
 ///
 /// # Errors
 /// When HTTP/2 cannot be served at all.
 pub(super) async fn serve(listener: TcpListener, names: Vec<String>, shared: Shared) -> Result<(), tonic::transport::Error> {
     let incoming = listener::accept(listener, names, Arc::clone(&shared.authority), shared.stop.clone());
-    let discovery = AggregatedDiscoveryServiceServer::new(Discovery(shared.clone()));
+    let discovery = AggregatedDiscoveryServiceServer::new(Discovery { shared: shared.clone(), quota: Quota::default() });
     let certificates = IstioCertificateServiceServer::new(Certificates(shared.clone()));
     Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .max_concurrent_streams(STREAMS)
         .http2_max_header_list_size(HEADERS)
-        .add_service(discovery.max_decoding_message_size(DISCOVERY_REQUEST))
-        .add_service(certificates.max_decoding_message_size(CERTIFICATE_REQUEST))
+        .add_service(Authenticated::new(discovery.max_decoding_message_size(DISCOVERY_REQUEST), &shared, |_| {}))
+        .add_service(Authenticated::new(certificates.max_decoding_message_size(CERTIFICATE_REQUEST), &shared, |metrics| {
+            metrics.refused(Refusal::Unauthenticated);
+        }))
         .serve_with_incoming_shutdown(incoming, shared.stop.cancelled_owned())
         .await
 }

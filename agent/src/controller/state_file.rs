@@ -21,6 +21,9 @@ pub struct StateFileError {
 /// Makes `directory` and what is above it, readable by its owner only.
 pub(super) fn create_private_directory(directory: &Path) -> Result<(), StateFileError> {
     let failed = |action| move |source| StateFileError { action, path: directory.to_owned(), source };
+    if directory.exists() && !directory.is_dir() {
+        return Err(failed("use")(io::ErrorKind::NotADirectory.into()));
+    }
     if !directory.is_dir() {
         fs::create_dir_all(directory).map_err(failed("create"))?;
         fs::set_permissions(directory, Permissions::from_mode(0o700)).map_err(failed("set the permissions of"))?;

@@ -18,6 +18,7 @@ use hyper_util::rt::TokioIo;
 use rustls::client::WebPkiServerVerifier;
 use rustls::{CertificateError, ClientConfig, RootCertStore};
 use rustls_pki_types::ServerName;
+use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -34,7 +35,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A token or root file that is longer is not one.
-const FILE_LIMIT: usize = 1 << 20;
+const FILE_LIMIT: u64 = 1 << 20;
 
 /// Where the controller is, and what proves either side to the other.
 #[derive(Clone, Debug)]
@@ -327,8 +328,10 @@ fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn
 
 async fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, ConnectError> {
     let fail = |source| ConnectError::File { what, path: path.to_path_buf(), source };
-    let content = tokio::fs::read(path).await.map_err(fail)?;
-    if content.len() > FILE_LIMIT {
+    let file = tokio::fs::File::open(path).await.map_err(fail)?;
+    let mut content = Vec::new();
+    file.take(FILE_LIMIT + 1).read_to_end(&mut content).await.map_err(fail)?;
+    if content.len() as u64 > FILE_LIMIT {
         return Err(fail(io::Error::new(io::ErrorKind::FileTooLarge, format!("it is longer than {FILE_LIMIT} bytes"))));
     }
     Ok(content)

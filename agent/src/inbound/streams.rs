@@ -11,6 +11,7 @@ use crate::capture::LocalPod;
 use crate::model::{CloseReason, Flow, SpiffeId};
 use crate::observe::{ConnectionInfo, Direction, Security};
 use crate::relay::tcp;
+use crate::serve::Permits;
 use crate::tunnel::hbone::{self, OpenRequest};
 use crate::tunnel::single::{self, Open, SingleSink, SingleSource};
 
@@ -26,8 +27,14 @@ pub(super) struct Peer {
 }
 
 impl Inbound {
-    /// The streams of an HBONE tunnel, side by side.
-    pub(super) async fn hbone(self: Arc<Self>, pod: Arc<LocalPod>, peer: Peer, mut tunnel: Box<hbone::Inbound>) {
+    /// The streams of an HBONE tunnel, side by side. Each is a connection of its own to the application, and takes a permit.
+    pub(super) async fn hbone(
+        self: Arc<Self>,
+        pod: Arc<LocalPod>,
+        peer: Peer,
+        mut tunnel: Box<hbone::Inbound>,
+        permits: Permits,
+    ) {
         let mut draining = false;
         loop {
             let request = tokio::select! {
@@ -46,8 +53,12 @@ impl Inbound {
             };
             match request {
                 Some(Ok(request)) => {
+                    let Some(permit) = permits.take() else {
+                        self.crowded(&pod, &peer, request);
+                        continue;
+                    };
                     let (inbound, pod, peer) = (Arc::clone(&self), Arc::clone(&pod), peer.clone());
-                    self.drain.spawn(async move { inbound.hbone_stream(&pod, &peer, request).await }, ());
+                    self.drain.spawn(async move { inbound.hbone_stream(&pod, &peer, request).await }, permit);
                 }
                 Some(Err(error)) => {
                     debug!(peer = %peer.addr, %error, "tunnel broke");
@@ -141,6 +152,12 @@ impl Inbound {
         }
         self.relay((&mut source, &mut sink), far, &registered, self.observer.open(info)).await;
         single::reunite(source, sink)
+    }
+
+    fn crowded(&self, pod: &LocalPod, peer: &Peer, request: OpenRequest) {
+        let info = self.describe(pod, peer, request.destination().unwrap_or(peer.local));
+        self.observer.fail(&info, CloseReason::Overloaded, &"the agent holds as many connections as its descriptors allow");
+        request.refuse(CloseReason::Overloaded);
     }
 
     fn describe(&self, pod: &LocalPod, peer: &Peer, destination: SocketAddr) -> ConnectionInfo {

@@ -93,6 +93,44 @@ impl CloseReason {
         }
     }
 
+    /// What it means, for who reads the word in a log: a sentence without a stop.
+    #[must_use]
+    pub fn meaning(self) -> &'static str {
+        match self {
+            Self::Finished => "both ends closed it in order",
+            Self::SourceReset => "the client reset it, or gave up before it was open",
+            Self::DestinationReset => "the server reset it",
+            Self::DestinationRefused => "nothing listens at the destination's port: is the server up, and on that port?",
+            Self::DestinationUnreachable => {
+                "the destination or its node did not answer in time: is there a way, and does a NetworkPolicy allow port 15008?"
+            }
+            Self::NoEndpoint => "the service has no ready endpoint",
+            Self::PolicyDenied => {
+                "an AuthorizationPolicy of the destination denies it; the line names the policy, or says that no ALLOW matches"
+            }
+            Self::PolicyChanged => "it was open when a policy or mode changed, and is denied now",
+            Self::PlaintextRefused => {
+                "it came in plaintext to a port that takes mutual TLS only (STRICT): is the client in the mesh?"
+            }
+            Self::PeerNotAuthenticated => {
+                "the peer's certificate did not verify, or is another workload's than the one meant; the line says which and why"
+            }
+            Self::TunnelFailed => "the tunnel to the peer broke, or the peer spoke another protocol",
+            Self::NoIdentity => {
+                "the pod had no certificate in time: can its agent reach the controller? (/certificates of the admin interface says why)"
+            }
+            Self::NoOriginalDst => {
+                "the kernel told no destination for a captured connection: the pod dialled the agent's port itself"
+            }
+            Self::BadRequest => "the peer asked for an address that is not this pod's",
+            Self::Overloaded => {
+                "a bound on connections was reached: raise the agent's limit of open files, or look for who floods it"
+            }
+            Self::Draining => "the agent was told to stop, and the connection was open still at its deadline",
+            Self::PodGone => "the pod left the node or the mesh",
+        }
+    }
+
     /// Whether the connection was set up and then ended as its ends wanted.
     #[must_use]
     pub fn is_orderly(self) -> bool {
@@ -113,5 +151,27 @@ const _: () = {
 impl fmt::Display for CloseReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_readme_tells_the_meaning_of_every_word() {
+        let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).unwrap();
+        for reason in CloseReason::ALL {
+            let row = format!("| `{reason}` | {} |", reason.meaning());
+            assert!(readme.contains(&row), "the README lacks the row: {row}");
+        }
+    }
+
+    #[test]
+    fn a_word_stands_for_one_reason() {
+        for reason in CloseReason::ALL {
+            assert_eq!(CloseReason::from_word(reason.as_str()), Some(reason));
+        }
+        assert_eq!(CloseReason::from_word("finished "), None);
     }
 }

@@ -311,10 +311,10 @@ impl Edit {
 
     /// The keys of everything held, for a full answer that leaves out what is gone: workload UIDs, service keys, policy keys.
     #[must_use]
-    pub fn keys(&self) -> (Vec<Arc<str>>, Vec<Arc<str>>, Vec<Arc<str>>) {
+    pub fn keys(&self) -> [Vec<Arc<str>>; 3] {
         let state = &self.snapshot;
         let all = |keys: &mut dyn Iterator<Item = &Arc<str>>| keys.cloned().collect();
-        (all(&mut state.workloads.keys()), all(&mut state.services.keys()), all(&mut state.policies.keys()))
+        [all(&mut state.workloads.keys()), all(&mut state.services.keys()), all(&mut state.policies.keys())]
     }
 
     /// Works out what depends on several objects, and gives the new state.

@@ -5,9 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::marker::PhantomData;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use serde::de::{DeserializeOwned, Error, Unexpected, Visitor};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{DeserializeOwned, Error, MapAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
 
 /// The `apiVersion`s that are read.
@@ -111,7 +113,7 @@ impl<S: Spec> Object<S> {
 
 /// What a `PeerAuthentication` asks for.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(remote = "Self", rename_all = "camelCase", deny_unknown_fields)]
 pub struct PeerAuthenticationSpec {
     /// Which workloads; all of the namespace if left out.
     pub selector: Option<Selector>,
@@ -128,7 +130,7 @@ impl Spec for PeerAuthenticationSpec {
 
 /// A mode, wrapped as users write it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct MutualTls {
     /// The mode.
     #[serde(default, deserialize_with = "null_as_default")]
@@ -191,7 +193,7 @@ impl<'de> Deserialize<'de> for Port {
 
 /// Which workloads a policy is for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(remote = "Self", rename_all = "camelCase", deny_unknown_fields)]
 pub struct Selector {
     /// Labels that a workload must all have.
     #[serde(default, deserialize_with = "labels")]
@@ -200,7 +202,7 @@ pub struct Selector {
 
 /// What an `AuthorizationPolicy` asks for.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(remote = "Self", rename_all = "camelCase", deny_unknown_fields)]
 pub struct AuthorizationPolicySpec {
     /// Which workloads; all of the namespace if left out.
     pub selector: Option<Selector>,
@@ -252,7 +254,7 @@ impl<'de> Deserialize<'de> for PolicyAction {
 
 /// An external authorizer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct Provider {
     /// Its name in the mesh's configuration.
     #[serde(default)]
@@ -261,7 +263,7 @@ pub struct Provider {
 
 /// What a policy is attached to instead of workloads.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(remote = "Self", default, deny_unknown_fields)]
 pub struct TargetRef {
     /// The target's API group.
     pub group: Option<String>,
@@ -275,7 +277,7 @@ pub struct TargetRef {
 
 /// One rule: `from`, `to` and all of `when`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct Rule {
     /// Any of these sources; any source at all if left out.
     pub from: Option<Vec<From>>,
@@ -288,7 +290,7 @@ pub struct Rule {
 
 /// A source, wrapped as users write it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct From {
     /// The source.
     #[serde(default, deserialize_with = "null_as_default")]
@@ -297,7 +299,7 @@ pub struct From {
 
 /// An operation, wrapped as users write it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct To {
     /// The operation.
     #[serde(default, deserialize_with = "null_as_default")]
@@ -308,7 +310,7 @@ macro_rules! lists {
     ($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident),+ $(,)? }) => {
         $(#[$doc])*
         #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-        #[serde(rename_all = "camelCase", deny_unknown_fields)]
+        #[serde(remote = "Self", rename_all = "camelCase", deny_unknown_fields)]
         pub struct $name {
             $($(#[$field_doc])* #[serde(default, deserialize_with = "texts")] pub $field: Vec<String>,)+
         }
@@ -373,7 +375,7 @@ lists! {
 
 /// One condition on an attribute. Both lists given, both must hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(remote = "Self", rename_all = "camelCase", deny_unknown_fields)]
 pub struct Condition {
     /// The attribute, such as `source.ip`.
     pub key: String,
@@ -384,6 +386,58 @@ pub struct Condition {
     #[serde(default, deserialize_with = "texts")]
     pub not_values: Vec<String>,
 }
+
+/// What is written as a mapping. Read by the derived code alone, a list of its fields' values would do as well.
+trait FromMapping: Sized {
+    fn from_mapping<'de, A: MapAccess<'de>>(mapping: A) -> Result<Self, A::Error>;
+}
+
+struct Mapping<T>(PhantomData<T>);
+
+impl<'de, T: FromMapping> Visitor<'de> for Mapping<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a mapping")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mapping: A) -> Result<T, A::Error> {
+        T::from_mapping(mapping)
+    }
+}
+
+macro_rules! mappings {
+    ($($name:ident),+ $(,)?) => {
+        $(
+            impl FromMapping for $name {
+                fn from_mapping<'de, A: MapAccess<'de>>(mapping: A) -> Result<Self, A::Error> {
+                    Self::deserialize(MapAccessDeserializer::new(mapping))
+                }
+            }
+
+            impl<'de> Deserialize<'de> for $name {
+                fn deserialize<D: Deserializer<'de>>(source: D) -> Result<Self, D::Error> {
+                    source.deserialize_map(Mapping(PhantomData))
+                }
+            }
+        )+
+    };
+}
+
+mappings!(
+    PeerAuthenticationSpec,
+    MutualTls,
+    Selector,
+    AuthorizationPolicySpec,
+    Provider,
+    TargetRef,
+    Rule,
+    From,
+    To,
+    Source,
+    Operation,
+    Condition,
+);
 
 fn null_as_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(source: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(source)?.unwrap_or_default())

@@ -90,21 +90,23 @@ impl PeerAuthenticationIndex {
         objects.sort_by_key(|object| (&object.metadata.creation_timestamp, object.name(), object.namespace()));
         let empty = PeerAuthenticationSpec::default();
         let mut index = Self::default();
-        let mut widest: HashMap<&str, &PeerAuthenticationPolicy> = HashMap::new();
+        let mut oldest: HashMap<_, &PeerAuthenticationPolicy> = HashMap::new();
         for object in objects {
             let spec = object.spec.as_ref().unwrap_or(&empty);
             let is_root = object.namespace() == root_namespace;
-            if !selector_of(spec).is_empty() {
-                if !is_root {
-                    index.namespaces.entry(object.namespace().to_owned()).or_default().insert(spec);
-                }
+            let selector = selector_of(spec);
+            if is_root && !selector.is_empty() {
                 continue;
             }
-            if let Some(older) = widest.get(object.namespace()) {
+            if let Some(older) = oldest.get(&(object.namespace(), selector)) {
                 index.overruled.push(Overruled { policy: object.key(), by: older.key() });
                 continue;
             }
-            widest.insert(object.namespace(), object);
+            oldest.insert((object.namespace(), selector), object);
+            if !selector.is_empty() {
+                index.namespaces.entry(object.namespace().to_owned()).or_default().insert(spec);
+                continue;
+            }
             let mode = spec.mtls.and_then(resolved);
             if is_root {
                 index.mesh = mode;
@@ -127,7 +129,8 @@ impl PeerAuthenticationIndex {
         }
     }
 
-    /// The objects for the mesh or a whole namespace that have no effect beside an older one, to be reported.
+    /// The objects that have no effect beside an older one for the mesh, the same namespace or the very same selector, to be
+    /// reported.
     #[must_use]
     pub fn overruled(&self) -> &[Overruled] {
         &self.overruled

@@ -36,6 +36,8 @@ use crate::relay::{Broken, Fault, Sink, Slices, Source};
 mod frame;
 
 pub use frame::Open;
+#[cfg(any(test, feature = "fuzz"))]
+pub use frame::fuzz;
 use frame::{Frames, Piece};
 
 /// The ALPN protocol of this form.

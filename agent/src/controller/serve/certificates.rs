@@ -6,7 +6,8 @@ use prost_types::value::Kind;
 use tonic::{Code, Request, Response, Status};
 use tracing::{debug, error};
 
-use super::{ConnectionAuth, Shared};
+use super::Shared;
+use super::authenticated::caller;
 use crate::controller::authority::SignError;
 use crate::controller::source::About;
 use crate::model::SpiffeId;
@@ -46,7 +47,7 @@ impl IstioCertificateService for Certificates {
 impl Certificates {
     /// The chain that is asked for: PEM texts, the leaf first.
     async fn certificate(&self, request: Request<IstioCertificateRequest>) -> Result<Vec<String>, Status> {
-        let node = self.0.node_of(request.metadata(), ConnectionAuth::of(&request)).await?;
+        let node = caller(&request)?;
         let request = request.into_inner();
         let identity = identity_of(&request)?;
         self.authorize(&node, &identity).await?;

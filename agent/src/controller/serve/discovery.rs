@@ -13,8 +13,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, warn};
 
+use super::Shared;
+use super::authenticated::caller;
+use super::quota::Quota;
 use super::subscription::{Item, MAX_NAMES, Subscription, TooFarBehind, TooManyNames, address_in};
-use super::{ConnectionAuth, Shared};
 use crate::controller::index::{Resource, ResourceKind};
 use crate::controller::publish::MeshState;
 use crate::controller::source::About;
@@ -33,7 +35,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const FAREWELL: Duration = Duration::from_secs(1);
 
 /// The discovery service.
-pub(super) struct Discovery(pub(super) Shared);
+pub(super) struct Discovery {
+    pub(super) shared: Shared,
+    pub(super) quota: Quota,
+}
 
 /// One client's stream.
 struct Conversation {
@@ -65,11 +70,12 @@ impl AggregatedDiscoveryService for Discovery {
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        let node = self.0.node_of(request.metadata(), ConnectionAuth::of(&request)).await?;
+        let node = caller(&request)?;
+        let held = self.quota.take(&node)?;
         let (responses, receiver) = mpsc::channel(UNDER_WAY);
         let conversation = Conversation {
-            states: self.0.states.clone(),
-            shared: self.0.clone(),
+            states: self.shared.states.clone(),
+            shared: self.shared.clone(),
             responses: responses.clone(),
             client: node.to_string(),
             node,
@@ -83,6 +89,7 @@ impl AggregatedDiscoveryService for Discovery {
                 // A client that is gone, or reads nothing, does not hear this either.
                 drop(responses.send_timeout(Err(status), FAREWELL).await);
             }
+            drop(held);
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }

@@ -22,19 +22,20 @@ use tokio::time::{Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 use tracing::{debug, error, warn};
 
 use super::ConnectionAuth;
 use crate::controller::authority::{Authority, SignError};
+use crate::limits::{Antechamber, Waiting};
 
 /// The time for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// The time for a connection to show a token.
 const AUTHENTICATION: Duration = Duration::from_secs(15);
-/// Handshakes under way.
-const HANDSHAKES: usize = 512;
+/// Connections that have shown no token yet.
+const STRANGERS: usize = 512;
 /// Connections open.
 const CONNECTIONS: usize = 16_384;
 /// The life of a serving certificate; it is replaced after half of it.
@@ -46,8 +47,16 @@ const ADDRESSES: usize = 256;
 pub(super) struct Connection {
     stream: TlsStream<TcpStream>,
     auth: ConnectionAuth,
-    deadline: Pin<Box<Sleep>>,
+    /// Where it waits until it has shown a token.
+    stranger: Option<Stranger>,
     _place: OwnedSemaphorePermit,
+}
+
+/// What ends a connection that shows no token.
+struct Stranger {
+    deadline: Pin<Box<Sleep>>,
+    evicted: Pin<Box<WaitForCancellationFutureOwned>>,
+    _waiting: Waiting,
 }
 
 /// Serving certificates by local address.
@@ -94,10 +103,9 @@ pub(super) fn accept(
 
 async fn accept_all(listener: TcpListener, certificates: Arc<ServingCertificates>, ready: mpsc::Sender<io::Result<Connection>>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    let strangers = Antechamber::new(STRANGERS);
     loop {
-        let permits = (Arc::clone(&places).acquire_owned().await, Arc::clone(&handshakes).acquire_owned().await);
-        let (Ok(place), Ok(handshake)) = permits else { return };
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let (socket, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(failure) => {
@@ -107,14 +115,21 @@ async fn accept_all(listener: TcpListener, certificates: Arc<ServingCertificates
                 continue;
             }
         };
-        let (certificates, ready) = (Arc::clone(&certificates), ready.clone());
+        let (certificates, ready, waiting) = (Arc::clone(&certificates), ready.clone(), strangers.enter());
         tokio::spawn(async move {
-            let stream = timeout(HANDSHAKE, shake_hands(socket, &certificates)).await;
-            drop(handshake);
+            let evicted = waiting.evicted();
+            let stream = tokio::select! {
+                stream = timeout(HANDSHAKE, shake_hands(socket, &certificates)) => stream,
+                () = evicted => return debug!(%peer, "too many strangers: the one that has taken longest has to go"),
+            };
             match stream {
                 Ok(Ok(stream)) => {
-                    let deadline = Box::pin(sleep(AUTHENTICATION));
-                    let connection = Connection { stream, auth: ConnectionAuth::default(), deadline, _place: place };
+                    let connection = Connection {
+                        stream,
+                        auth: ConnectionAuth::default(),
+                        stranger: Some(Stranger::new(waiting)),
+                        _place: place,
+                    };
                     // A closed channel means that the controller stops.
                     drop(ready.send(Ok(connection)).await);
                 }
@@ -162,6 +177,31 @@ impl ServingCertificates {
     }
 }
 
+impl Stranger {
+    fn new(waiting: Waiting) -> Self {
+        let deadline = Box::pin(sleep(AUTHENTICATION));
+        Self { deadline, evicted: Box::pin(waiting.evicted()), _waiting: waiting }
+    }
+
+    /// Why the connection has to end; pending while it need not.
+    fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<io::Error> {
+        if self.deadline.as_mut().poll(context).is_ready() {
+            return Poll::Ready(io::Error::new(io::ErrorKind::TimedOut, "no token was shown in time"));
+        }
+        self.evicted.as_mut().poll(context).map(|()| io::Error::new(io::ErrorKind::TimedOut, "too many strangers"))
+    }
+}
+
+impl Connection {
+    /// Why the connection has to end; pending while it need not.
+    fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<io::Error> {
+        if self.auth.0.load(Ordering::Relaxed) {
+            self.stranger = None;
+        }
+        self.stranger.as_mut().map_or(Poll::Pending, |stranger| stranger.poll_end(context))
+    }
+}
+
 impl Connected for Connection {
     type ConnectInfo = ConnectionAuth;
 
@@ -172,8 +212,8 @@ impl Connected for Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if !self.auth.0.load(Ordering::Relaxed) && self.deadline.as_mut().poll(context).is_ready() {
-            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "no token was shown in time")));
+        if let Poll::Ready(end) = self.poll_end(context) {
+            return Poll::Ready(Err(end));
         }
         Pin::new(&mut self.stream).poll_read(context, buffer)
     }
@@ -197,6 +237,10 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // One that reads nothing is not read from either.
+        if let Poll::Ready(end) = self.poll_end(context) {
+            return Poll::Ready(Err(end));
+        }
         Pin::new(&mut self.stream).poll_flush(context)
     }
 

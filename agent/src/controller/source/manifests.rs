@@ -143,6 +143,27 @@ fn drain(inotify: &mut AsyncFd<Inotify>, buffer: &mut [u8], tree: &mut Tree) {
     }
 }
 
+/// Takes foreign bytes for a manifest, in both forms.
+#[cfg(any(test, feature = "fuzz"))]
+pub fn fuzz(bytes: &[u8]) {
+    let Ok(trust_domain) = "cluster.local".parse() else { return };
+    let mesh = MeshContext { root_namespace: "istio-system".to_owned(), trust_domain };
+    for name in ["fuzz.yaml", "fuzz.json"] {
+        let mut ledger = ledger::Ledger::default();
+        let path = std::path::Path::new(name);
+        ledger.file_read(path, [0; 32], parse::parse(path, bytes, &mesh));
+        let changes = ledger.take_changes();
+        let mut index = crate::controller::index::Index::new(crate::controller::index::MeshSettings {
+            trust_domain: mesh.trust_domain.clone(),
+            root_namespace: mesh.root_namespace.clone(),
+            cluster_domain: "cluster.local".to_owned(),
+            default_deny: false,
+            excluded_namespaces: std::collections::BTreeSet::new(),
+        });
+        drop(index.apply(&changes));
+    }
+}
+
 /// The objects of a YAML text, all of which must be good.
 #[cfg(test)]
 pub(in crate::controller) fn objects(text: &str, mesh: &MeshContext) -> Vec<super::Object> {

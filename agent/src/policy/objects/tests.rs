@@ -169,6 +169,18 @@ fn objects_of_another_kind_or_version_are_refused() {
 }
 
 #[test]
+fn a_list_does_not_stand_for_a_mapping() {
+    for spec in ["[STRICT]", "{mtls: [DISABLE]}", "{selector: [{app: web}]}", "{portLevelMtls: {8080: [DISABLE]}}"] {
+        refused(peer_authentication(spec), &["spec", "mapping"]);
+    }
+    for spec in
+        ["{rules: [[]]}", "{rules: [{from: [[]]}]}", "{rules: [{from: [{source: [[x]]}]}]}", "{rules: [{when: [[source.ip]]}]}"]
+    {
+        refused(authorization(spec), &["spec.rules[0]", "mapping"]);
+    }
+}
+
+#[test]
 fn malformed_objects_are_refused_without_a_panic() {
     for spec in ["[]", "7", "{rules: {}}", "{rules: [~]}", "{rules: [{when: [{}]}]}", "{rules: [{from: {}}]}", "{targetRefs: 1}"]
     {

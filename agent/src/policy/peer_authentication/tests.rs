@@ -192,11 +192,22 @@ fn objects_without_effect_beside_an_older_one_are_named() {
         policy(ROOT, "b").mode(Strict),
         policy(ROOT, "a").mode(Strict),
         policy("pay", "alone").mode(Strict),
+        policy("pay", "web-young").selecting(&[("app", "web")]).mode(Strict).created(2),
+        policy("pay", "web-old").selecting(&[("app", "web")]).mode(Disable).created(1),
+        policy("pay", "tier").selecting(&[("tier", "front")]).mode(Disable).created(1),
+        policy("shop", "web").selecting(&[("app", "web")]).mode(Strict).created(3),
     ];
     let index = PeerAuthenticationIndex::new(drafts.iter().map(|draft| &draft.0), ROOT);
     let overruled = |policy: &str, by: &str| Overruled { policy: policy.to_owned(), by: by.to_owned() };
-    let expected = [overruled("istio-system/b", "istio-system/a"), overruled("shop/young", "shop/old")];
-    assert_eq!(index.overruled(), expected);
+    let expected = [
+        overruled("istio-system/b", "istio-system/a"),
+        overruled("pay/web-young", "pay/web-old"),
+        overruled("shop/young", "shop/old"),
+    ];
+    let mut found = index.overruled().to_vec();
+    found.sort_by(|one, other| one.policy.cmp(&other.policy));
+    assert_eq!(found, expected);
+    assert_eq!(index.resolve("pay", &labels(&[("app", "web")])).mode, Mode::Disable);
 }
 
 #[test]

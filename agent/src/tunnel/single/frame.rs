@@ -210,6 +210,50 @@ fn invalid(what: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
+/// Takes foreign bytes for frames, as they come in one piece and byte by byte: both must find the same.
+///
+/// # Panics
+/// When they do not.
+#[cfg(any(test, feature = "fuzz"))]
+pub fn fuzz(bytes: &[u8]) {
+    let mut whole = Found::default();
+    whole.read(bytes);
+    let mut parts = Found::default();
+    for byte in bytes.chunks(1) {
+        parts.read(byte);
+        assert!(parts.frames.begun.len() <= HEAD + OPEN_FIXED + LARGEST_TRACE, "more is kept than a frame can have");
+    }
+    assert_eq!((whole.pieces, whole.ended), (parts.pieces, parts.ended), "how bytes are cut shows");
+}
+
+/// What was found in foreign bytes: DATA that follows DATA is one.
+#[cfg(any(test, feature = "fuzz"))]
+#[derive(Default)]
+struct Found {
+    frames: Frames,
+    pieces: Vec<(Option<Piece>, Vec<u8>)>,
+    ended: bool,
+}
+
+#[cfg(any(test, feature = "fuzz"))]
+impl Found {
+    fn read(&mut self, mut bytes: &[u8]) {
+        while !self.ended {
+            let (spent, piece) = match self.frames.next(bytes) {
+                Ok((spent, Some(piece))) => (spent, piece),
+                Ok((spent, None)) => return assert_eq!(spent, bytes.len(), "bytes are left over"),
+                Err(_no_frame) => return self.ended = true,
+            };
+            match (piece, self.pieces.last_mut()) {
+                (Piece::Data(data), Some((None, before))) => before.extend(&bytes[data]),
+                (Piece::Data(data), _) => self.pieces.push((None, bytes[data].to_vec())),
+                (piece, _) => self.pieces.push((Some(piece), Vec::new())),
+            }
+            bytes = &bytes[spent..];
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -55,3 +55,21 @@ fn one_address_in_two_notations_is_one_address() {
     let world = World::new(&(pod("a", "10.1.0.2") + &pod("b", "::ffff:10.1.0.2")));
     assert!(world.find_pod("shop", "b").is_none());
 }
+
+#[test]
+fn a_pod_of_the_mesh_on_a_node_that_there_is_not_is_named_once() {
+    let node = "---\napiVersion: v1\nkind: Node\nmetadata: {name: node-a}\n";
+    let enrolled = pod_with("a", "10.1.0.2", ", labels: {culvert.dev/mesh: enabled}", "", "");
+    let mut world = World::new(&(enrolled.clone() + &pod("b", "10.1.0.3")));
+    assert_eq!(world.warnings.len(), 1, "{:?}", world.warnings);
+    for part in ["pod shop/a", "`node-a`", "spec.nodeName"] {
+        assert!(world.warnings[0].contains(part), "{:?}", world.warnings);
+    }
+    world.apply(&enrolled);
+    world.apply(node);
+    assert_eq!(world.warnings.len(), 1);
+    world.remove(Kind::Node, "", "node-a");
+    assert_eq!(world.warnings.len(), 2, "a pod that has lost its node is told of");
+    let world = World::new(&(node.to_owned() + &enrolled));
+    assert!(world.warnings.is_empty(), "{:?}", world.warnings);
+}

@@ -3,12 +3,13 @@
 //! Enters: the content of one file. Leaves: each document's object, or what is wrong with it. YAML takes the road that
 //! Kubernetes' own tools take: through JSON, keys as text. Objects of other kinds are passed over.
 
+mod yaml;
+
 use std::fmt;
 use std::path::Path;
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
+use serde_json::Value;
 use tracing::debug;
 
 use crate::controller::source::object::{FieldError, Kind, Object};
@@ -41,12 +42,10 @@ pub(super) struct Place {
 pub(super) enum FileError {
     #[error("is not UTF-8 text: byte {0} is not part of a character")]
     Encoding(usize),
-    #[error("document {document} is not YAML: {source}")]
+    #[error("document {document} is not YAML that an object can be written in: {source}")]
     Yaml { document: usize, source: serde_yaml_ng::Error },
     #[error("is not JSON: {0}")]
     Json(#[from] serde_json::Error),
-    #[error("document {document}: {problem}")]
-    Value { document: usize, problem: &'static str },
 }
 
 /// Why an object cannot be used.
@@ -71,10 +70,7 @@ pub(super) fn parse(path: &Path, content: &[u8], mesh: &MeshContext) -> Result<V
     }
     for (index, deserializer) in serde_yaml_ng::Deserializer::from_str(text).enumerate() {
         let number = index + 1;
-        let yaml = |source| FileError::Yaml { document: number, source };
-        let mut value = serde_yaml_ng::Value::deserialize(deserializer).map_err(yaml)?;
-        value.apply_merge().map_err(yaml)?;
-        let value = json_of(value).map_err(|problem| FileError::Value { document: number, problem })?;
+        let value = yaml::read(deserializer).map_err(|source| FileError::Yaml { document: number, source })?;
         document(number, value, mesh, &mut items);
     }
     Ok(items)
@@ -209,37 +205,6 @@ fn shape(value: &Value) -> &'static str {
         Value::Array(_) => "a list",
         Value::Object(_) => "a mapping",
     }
-}
-
-/// YAML as JSON: keys that are numbers or booleans become text, as Kubernetes' tools do it.
-fn json_of(value: serde_yaml_ng::Value) -> Result<Value, &'static str> {
-    use serde_yaml_ng::Value as Yaml;
-    Ok(match value {
-        Yaml::Null => Value::Null,
-        Yaml::Bool(value) => Value::Bool(value),
-        Yaml::Number(number) => {
-            let integer = number.as_i64().map(Value::from).or_else(|| number.as_u64().map(Value::from));
-            let number = integer.or_else(|| number.as_f64().and_then(serde_json::Number::from_f64).map(Value::Number));
-            number.ok_or("`.nan` and `.inf` have no meaning in an object")?
-        }
-        Yaml::String(text) => Value::String(text),
-        Yaml::Sequence(items) => Value::Array(items.into_iter().map(json_of).collect::<Result<_, _>>()?),
-        Yaml::Mapping(mapping) => {
-            let mut object = Map::new();
-            for (key, value) in mapping {
-                let key = match json_of(key)? {
-                    Value::String(key) => key,
-                    key @ (Value::Number(_) | Value::Bool(_)) => key.to_string(),
-                    Value::Null | Value::Array(_) | Value::Object(_) => return Err("a key is neither a text nor a number"),
-                };
-                if object.insert(key, json_of(value)?).is_some() {
-                    return Err("a key occurs twice in one mapping");
-                }
-            }
-            Value::Object(object)
-        }
-        Yaml::Tagged(_) => return Err("YAML tags (`!...`) have no meaning in an object"),
-    })
 }
 
 impl fmt::Display for Place {

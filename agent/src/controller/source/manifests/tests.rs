@@ -249,6 +249,26 @@ async fn linked_directories_are_followed_and_loops_end() {
 }
 
 #[tokio::test]
+async fn a_thicket_of_links_is_walked_once() {
+    // Every directory links to every other: without counting the ways there are more than a million of them.
+    let names: Vec<_> = (0..12).map(|number| format!("d{number:02}")).collect();
+    let mut followed = Followed::new(|directory| {
+        for name in &names {
+            fs::create_dir(directory.join(name)).unwrap();
+            fs::write(directory.join(name).join("object.yaml"), account(name, "1")).unwrap();
+        }
+        for (from, to) in names.iter().flat_map(|from| names.iter().map(move |to| (from, to))) {
+            symlink(directory.join(to), directory.join(from).join(format!("to-{to}"))).unwrap();
+        }
+    })
+    .await;
+    let all: Vec<_> = names.iter().map(|name| format!("{name}=1")).collect();
+    assert_eq!(followed.settled().await, all);
+    followed.write("d07/object.yaml", &account("d07", "2"));
+    assert!(followed.settled().await.contains(&"d07=2".to_owned()));
+}
+
+#[tokio::test]
 async fn a_directory_that_is_taken_away_keeps_what_it_held_until_it_is_back() {
     let outer = TempDir::new().unwrap();
     let path = outer.path().join("manifests");

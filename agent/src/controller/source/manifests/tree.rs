@@ -197,23 +197,27 @@ impl Tree {
         }
     }
 
-    /// Watches and lists one directory: watched first, so that nothing falls between.
+    /// Watches and lists one directory: watched first, so that nothing falls between. In order of names, so that of several ways to a
+    /// directory it is always the same that counts.
     fn walk(&mut self, directory: &Path, metadata: &Metadata, depth: usize, walk: &mut Walk) {
-        let identity = (metadata.dev(), metadata.ino());
-        if depth > MAX_DEPTH || !walk.above.insert(identity) {
+        if !walk.directories.insert((metadata.dev(), metadata.ino())) {
             return;
+        }
+        if depth > MAX_DEPTH {
+            return warn!("{} is {MAX_DEPTH} directories deep: what is in it is not read", directory.display());
         }
         self.watch(directory, WatchMask::ONLYDIR);
         match fs::read_dir(directory) {
             Ok(entries) => {
-                for path in entries.flatten().map(|entry| entry.path()) {
+                let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+                paths.sort_unstable();
+                for path in paths {
                     self.walk_entry(path, depth, walk);
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => warn!("cannot list {}: {error}", directory.display()),
         }
-        walk.above.remove(&identity);
     }
 
     fn walk_entry(&mut self, path: PathBuf, depth: usize, walk: &mut Walk) {
@@ -272,8 +276,8 @@ impl Tree {
 #[derive(Default)]
 struct Walk {
     files: BTreeMap<PathBuf, Stamp>,
-    /// The directories above the one being listed: a link to one of them is a loop.
-    above: HashSet<(u64, u64)>,
+    /// The directories that were listed: another way to one of them leads to nothing new, or in a circle.
+    directories: HashSet<(u64, u64)>,
 }
 
 impl Stamp {

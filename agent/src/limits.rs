@@ -1,0 +1,110 @@
+//! What a process bounds itself to: open files, and connections whose peers have not shown who they are.
+//!
+//! Enters: the kernel's limits, and each new connection. Leaves: how many descriptors there are, and who has to go. A stranger
+//! costs a place in an [`Antechamber`] and never one of an authenticated peer's.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tracing::warn;
+
+/// How many descriptors there are where the kernel does not say.
+const DESCRIPTORS: u64 = 1024;
+
+/// Raises the limit of open files as far as it goes: every connection costs descriptors. Returns how many that is.
+#[must_use]
+pub fn raise_descriptors() -> u64 {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+        Ok(hard)
+    });
+    raised.unwrap_or_else(|error| {
+        warn!(%error, "the limit of open files stays as it is");
+        DESCRIPTORS
+    })
+}
+
+/// Where connections wait that have not shown who they are. Past the bound the one that has waited longest goes, so that a flood of
+/// silent peers does not keep those out that need a moment only.
+#[derive(Debug)]
+pub struct Antechamber {
+    most: usize,
+    waiting: Mutex<Queue>,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    next: u64,
+    by_age: BTreeMap<u64, CancellationToken>,
+}
+
+/// A connection's place in the [`Antechamber`]; dropping it gives the place back.
+#[derive(Debug)]
+pub struct Waiting {
+    room: Arc<Antechamber>,
+    number: u64,
+    evicted: CancellationToken,
+}
+
+impl Antechamber {
+    /// Room for `most` connections, at least one.
+    #[must_use]
+    pub fn new(most: usize) -> Arc<Self> {
+        Arc::new(Self { most: most.max(1), waiting: Mutex::default() })
+    }
+
+    /// Takes a place, if need be from the one that has had it longest.
+    #[must_use]
+    pub fn enter(self: &Arc<Self>) -> Waiting {
+        let evicted = CancellationToken::new();
+        let mut queue = self.lock();
+        while queue.by_age.len() >= self.most
+            && let Some((_, oldest)) = queue.by_age.pop_first()
+        {
+            oldest.cancel();
+        }
+        let number = queue.next;
+        queue.next += 1;
+        queue.by_age.insert(number, evicted.clone());
+        Waiting { room: Arc::clone(self), number, evicted }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        // Every change under the lock is complete in itself.
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Waiting {
+    /// Ends when the place was given to another connection.
+    pub fn evicted(&self) -> WaitForCancellationFutureOwned {
+        self.evicted.clone().cancelled_owned()
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.room.lock().by_age.remove(&self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_goes_when_there_is_no_room() {
+        let room = Antechamber::new(2);
+        let (first, second) = (room.enter(), room.enter());
+        assert!(!first.evicted.is_cancelled());
+        let third = room.enter();
+        assert!(first.evicted.is_cancelled() && !second.evicted.is_cancelled());
+        drop(second);
+        let fourth = room.enter();
+        assert!(!third.evicted.is_cancelled() && !fourth.evicted.is_cancelled(), "a place that was left is free");
+        drop((first, third, fourth));
+        assert!(room.lock().by_age.is_empty());
+    }
+}
