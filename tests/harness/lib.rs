@@ -4,22 +4,27 @@
 //! them. Pods are namespaces with a veth into their node's bridge. The binary under test is `CULVERT_BIN`.
 
 pub mod app;
+pub mod attacker;
 pub mod cluster;
 pub mod crowd;
 pub mod forge;
+pub mod http2;
 pub mod kernel;
 pub mod mesh;
 pub mod metrics;
 pub mod netns;
 pub mod peer;
+pub mod process;
 pub mod program;
 pub mod service;
+pub mod view;
 pub mod wire;
 
 pub use cluster::Cluster;
 pub use mesh::{Mesh, MeshSpec, Pod, PodSpec};
 pub use metrics::Metrics;
 pub use netns::Namespace;
+pub use process::{Footprint, Process};
 pub use program::Program;
 pub use service::{Endpoint, Service};
 pub use wire::Capture;

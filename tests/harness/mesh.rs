@@ -13,7 +13,7 @@ mod place;
 pub use place::{Pod, PodSpec, addresses, link_address, manifest};
 
 use crate::netns::Namespace;
-use crate::{Capture, Metrics, PATIENCE, eventually, eventually_within};
+use crate::{Capture, Metrics, PATIENCE, Process, eventually, eventually_within};
 
 /// The nodes' names.
 pub const NODES: [&str; 2] = ["a", "b"];
@@ -287,6 +287,27 @@ impl Mesh {
     #[must_use]
     pub fn directory(&self) -> &Path {
         &self.dir
+    }
+
+    /// Where the controller keeps its state.
+    #[must_use]
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    /// The process of `controller`, `agent-a` or `agent-b`.
+    ///
+    /// # Panics
+    /// When it was not started, or has ended.
+    pub fn process(&mut self, who: &str) -> Process {
+        let child = match who {
+            "controller" => self.controller.as_mut(),
+            "agent-a" => self.agents[0].as_mut(),
+            _ => self.agents[1].as_mut(),
+        };
+        let child = child.expect("it was started");
+        assert_eq!(child.try_wait().expect("a child"), None, "{who} has ended");
+        Process::new(child.id())
     }
 
     /// The names of what the agent of a node has pinned, in order.

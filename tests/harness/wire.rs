@@ -1,5 +1,6 @@
 //! What the links of a namespace carried: every frame, kept, to be searched.
 
+use std::collections::BTreeSet;
 use std::io::Read as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -58,6 +59,22 @@ impl Capture {
     #[must_use]
     pub fn segments(&self) -> Vec<(SocketAddr, SocketAddr)> {
         self.frames.lock().expect("no panic").iter().filter_map(|frame| segment(frame)).collect()
+    }
+
+    /// The words in plain sight that begin with `prefix` and end with `last`, which is part of them.
+    ///
+    /// # Panics
+    /// Never.
+    #[must_use]
+    pub fn words(&self, prefix: &str, last: char) -> BTreeSet<String> {
+        let frames = self.frames.lock().expect("no panic");
+        let texts = frames.iter().map(|frame| String::from_utf8_lossy(frame));
+        let mut found = BTreeSet::new();
+        for text in texts {
+            let words = text.match_indices(prefix).filter_map(|(at, _)| text[at..].split_inclusive(last).next());
+            found.extend(words.map(str::to_owned));
+        }
+        found
     }
 
     /// Ends the capture, when all that was sent has been seen.

@@ -2,68 +2,325 @@
 
 use std::io::{Read as _, Write as _};
 
-use harness::{Mesh, PodSpec, app, eventually};
+use harness::{Mesh, Pod, PodSpec, app, eventually};
 
 const PORT: u16 = 8080;
+const OTHER_PORT: u16 = 8081;
 
-fn policy(action: &str, rules: &str) -> String {
+/// A client, as policies see it.
+#[derive(Clone, Copy, Debug)]
+struct Client {
+    name: &'static str,
+    namespace: &'static str,
+    /// Whether it is in the mesh, and so has an identity.
+    member: bool,
+}
+
+const FRIEND: Client = Client { name: "friend", namespace: "shop", member: true };
+const STRANGER: Client = Client { name: "stranger", namespace: "street", member: true };
+const PLAIN: Client = Client { name: "plain", namespace: "shop", member: false };
+
+/// One connection, as policies see it.
+#[derive(Clone, Copy, Debug)]
+struct Attempt {
+    client: Client,
+    v6: bool,
+    port: u16,
+}
+
+impl Attempt {
+    fn is(&self, client: Client) -> bool {
+        self.client.name == client.name
+    }
+
+    /// Whether it comes with this name of an identity's; what has no identity has no names.
+    fn member_of(&self, namespace: &str) -> bool {
+        self.client.member && self.client.namespace == namespace
+    }
+}
+
+/// A server in `shop` on node b, which listens on two ports, and three clients on node a.
+struct Scene {
+    mesh: Mesh,
+    server: Pod,
+    clients: [(Client, Pod); 3],
+    policies: usize,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let mut mesh = Mesh::start();
+        let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
+        [PORT, OTHER_PORT].into_iter().for_each(|port| app::server(&server.netns, port, app::echo));
+        let clients = [FRIEND, STRANGER, PLAIN].map(|client| {
+            let Client { name, namespace, member } = client;
+            (client, mesh.pod(PodSpec { name, namespace, node: 0, enrolled: member }))
+        });
+        let scene = Self { mesh, server, clients, policies: 0 };
+        eventually("everybody is let through without a policy", || scene.wrong(|_| true).is_empty());
+        scene
+    }
+
+    /// The attempts whose outcome is not what `expected` says.
+    fn wrong(&self, expected: impl Fn(&Attempt) -> bool) -> Vec<Attempt> {
+        let clients = self.clients.iter().flat_map(|(client, pod)| [false, true].map(|v6| (client, pod, v6)));
+        let attempts =
+            clients.flat_map(|(client, pod, v6)| [PORT, OTHER_PORT].map(|port| (pod, Attempt { client: *client, v6, port })));
+        let reached =
+            |pod: &Pod, attempt: &Attempt| app::converse(&pod.netns, self.server.at(attempt.v6, attempt.port), "hello").is_ok();
+        attempts.filter(|(pod, attempt)| reached(pod, attempt) != expected(attempt)).map(|(_, attempt)| attempt).collect()
+    }
+
+    /// Puts one policy for the server into force in place of the last, and checks that exactly `expected` passes.
+    fn check(&mut self, action: &str, rule: &str, expected: impl Fn(&Attempt) -> bool) {
+        self.policies += 1;
+        let name = format!("rule-{}", self.policies);
+        self.mesh.apply("rule", &policy(&name, action, rule));
+        self.mesh.await_policy("shop", Some(&name));
+        eventually("the server is told of its policy", || {
+            let known = self.mesh.workload(1, "server");
+            let policies = known["authorization_policies"].as_array().into_iter().flatten().filter_map(|policy| policy.as_str());
+            policies.filter_map(|policy| policy.strip_prefix("shop/")).eq([name.as_str()])
+        });
+        let mut wrong = Vec::new();
+        // The kernel's tables follow what the agents know within moments.
+        for _ in 0..3 {
+            wrong = self.wrong(&expected);
+            if wrong.is_empty() {
+                return;
+            }
+        }
+        panic!("{action} {rule}: not as expected: {wrong:#?}");
+    }
+
+    fn address(&self, client: Client, v6: bool) -> String {
+        let (_, pod) = self.clients.iter().find(|(known, _)| known.name == client.name).expect("a client");
+        if v6 { pod.v6.to_string() } else { pod.v4.to_string() }
+    }
+}
+
+fn policy(name: &str, action: &str, rules: &str) -> String {
     format!(
-        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: rule, namespace: shop}}\n\
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}, namespace: shop}}\n\
          spec: {{selector: {{matchLabels: {{app: server}}}}, action: {action}, rules: [{rules}]}}\n"
     )
 }
 
-#[test]
-fn each_condition_and_its_negation_let_the_right_ones_through() {
-    let mut mesh = Mesh::start();
-    let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
-    app::server(&server.netns, PORT, app::echo);
-    let friend = mesh.pod(PodSpec { name: "friend", namespace: "shop", node: 0, enrolled: true });
-    let stranger = mesh.pod(PodSpec { name: "stranger", namespace: "street", node: 0, enrolled: true });
-    let plain = mesh.pod(PodSpec { name: "plain", namespace: "shop", node: 0, enrolled: false });
-    let reached = |pod: &harness::Pod| app::converse(&pod.netns, server.at(false, PORT), "hello").is_ok();
-    let all = || [reached(&friend), reached(&stranger), reached(&plain)];
-    eventually("everybody is let through without a policy", || all() == [true, true, true]);
+fn from(source: &str) -> String {
+    format!("{{from: [{{source: {{{source}}}}}]}}")
+}
 
-    let from = |source: &str| format!("{{from: [{{source: {{{source}}}}}]}}");
-    let (friend_ip, plain_ip) = (friend.v4, plain.v4);
-    // A rule, and whom it matches: friend, stranger, plain.
-    let rules = [
-        (from("principals: [cluster.local/ns/shop/sa/friend]"), [true, false, false]),
-        (from("notPrincipals: [cluster.local/ns/shop/sa/friend]"), [false, true, true]),
-        (from("principals: [\"*/sa/friend\"]"), [true, false, false]),
-        (from("principals: [\"cluster.local/ns/street/*\"]"), [false, true, false]),
-        (from("principals: [\"*\"]"), [true, true, false]),
-        (from("namespaces: [shop]"), [true, false, false]),
-        (from("notNamespaces: [shop]"), [false, true, true]),
-        (from(&format!("ipBlocks: [\"{friend_ip}/32\"]")), [true, false, false]),
-        (from(&format!("notIpBlocks: [\"{plain_ip}\"]")), [true, true, false]),
-        ("{to: [{operation: {ports: [\"8080\"]}}]}".to_owned(), [true, true, true]),
-        ("{to: [{operation: {notPorts: [\"8080\"]}}]}".to_owned(), [false, false, false]),
-        ("{when: [{key: source.namespace, values: [street]}]}".to_owned(), [false, true, false]),
-        ("{when: [{key: source.principal, notValues: [\"*\"]}]}".to_owned(), [false, false, true]),
-        ("{when: [{key: destination.port, values: [\"8080\"]}]}".to_owned(), [true, true, true]),
-        // HTTP is out of sight: an ALLOW never matches.
-        ("{to: [{operation: {methods: [GET]}}]}".to_owned(), [false, false, false]),
+fn to(operation: &str) -> String {
+    format!("{{to: [{{operation: {{{operation}}}}}]}}")
+}
+
+fn when(condition: &str) -> String {
+    format!("{{when: [{{{condition}}}]}}")
+}
+
+type Matches = fn(&Attempt) -> bool;
+
+/// Rules on identities, each with the attempts that it matches.
+const IDENTITIES: [(&str, &str, Matches); 14] = [
+    ("principals", "[cluster.local/ns/shop/sa/friend]", |it| it.is(FRIEND)),
+    ("principals", "[\"*/sa/friend\"]", |it| it.is(FRIEND)),
+    ("principals", "[\"cluster.local/ns/street/*\"]", |it| it.is(STRANGER)),
+    ("principals", "[\"*\"]", |it| it.client.member),
+    ("principals", "[cluster.local/ns/no/sa/body, cluster.local/ns/street/sa/stranger]", |it| it.is(STRANGER)),
+    ("principals", "[cluster.local/ns/shop/sa/plain]", |_| false),
+    ("namespaces", "[shop]", |it| it.member_of("shop")),
+    ("namespaces", "[\"str*\"]", |it| it.member_of("street")),
+    ("namespaces", "[\"*hop\"]", |it| it.member_of("shop")),
+    ("namespaces", "[\"*\"]", |it| it.client.member),
+    ("serviceAccounts", "[friend]", |it| it.is(FRIEND)),
+    ("serviceAccounts", "[street/stranger, shop/friend]", |it| it.client.member),
+    // Without a namespace it is the policy's own.
+    ("serviceAccounts", "[stranger]", |_| false),
+    ("serviceAccounts", "[street/stranger]", |it| it.is(STRANGER)),
+];
+
+/// The same field in its other places: its negation, and the condition of that meaning with its negation.
+fn forms(field: &str, values: &str) -> [(String, bool); 4] {
+    let (negation, key) = match field {
+        "principals" => ("notPrincipals", "source.principal"),
+        "namespaces" => ("notNamespaces", "source.namespace"),
+        "serviceAccounts" => ("notServiceAccounts", "source.serviceAccount"),
+        "ipBlocks" => ("notIpBlocks", "source.ip"),
+        _ => panic!("no such field: {field}"),
+    };
+    [
+        (from(&format!("{field}: {values}")), true),
+        (from(&format!("{negation}: {values}")), false),
+        (when(&format!("key: {key}, values: {values}")), true),
+        (when(&format!("key: {key}, notValues: {values}")), false),
+    ]
+}
+
+#[test]
+fn every_match_on_identity_and_its_negation_lets_the_right_ones_through() {
+    let mut scene = Scene::new();
+    for (field, values, matches) in IDENTITIES {
+        for (rule, plainly) in forms(field, values) {
+            scene.check("ALLOW", &rule, |it| matches(it) == plainly);
+            scene.check("DENY", &rule, |it| matches(it) != plainly);
+        }
+    }
+}
+
+#[test]
+fn every_match_on_address_and_port_and_its_negation_lets_the_right_ones_through() {
+    let mut scene = Scene::new();
+    let friend = [false, true].map(|v6| scene.address(FRIEND, v6));
+    let addresses: [(String, Matches); 7] = [
+        (format!("[\"{}\"]", friend[0]), |it| it.is(FRIEND) && !it.v6),
+        (format!("[\"{}/32\", \"{}/128\"]", friend[0], friend[1]), |it| it.is(FRIEND)),
+        (format!("[\"::ffff:{}\"]", friend[0]), |it| it.is(FRIEND) && !it.v6),
+        ("[10.77.0.0/16]".to_owned(), |it| !it.v6),
+        ("[\"fd77::/64\"]".to_owned(), |it| it.v6),
+        ("[0.0.0.0/0, \"::/0\"]".to_owned(), |_| true),
+        ("[192.0.2.1]".to_owned(), |_| false),
     ];
-    for (rule, matched) in &rules {
-        mesh.apply("rule", &policy("ALLOW", rule));
-        eventually(&format!("ALLOW {rule} lets through {matched:?}"), || all() == *matched);
+    for (values, matches) in &addresses {
+        for (rule, plainly) in forms("ipBlocks", values) {
+            scene.check("ALLOW", &rule, |it| matches(it) == plainly);
+            scene.check("DENY", &rule, |it| matches(it) != plainly);
+        }
     }
-    for (rule, matched) in rules.iter().filter(|(rule, _)| !rule.contains("methods")) {
-        mesh.apply("rule", &policy("DENY", rule));
-        let left = matched.map(|matched| !matched);
-        eventually(&format!("DENY {rule} leaves {left:?}"), || all() == left);
+    let server = scene.server.v4;
+    let rules: [(String, Matches); 10] = [
+        (to("ports: [\"8080\"]"), |it| it.port == PORT),
+        (to("notPorts: [\"8080\"]"), |it| it.port != PORT),
+        (to("ports: [\"8080\", \"8081\"]"), |_| true),
+        (when("key: destination.port, values: [\"8081\"]"), |it| it.port == OTHER_PORT),
+        (when("key: destination.port, notValues: [\"8081\", \"9\"]"), |it| it.port != OTHER_PORT),
+        (when(&format!("key: destination.ip, values: [\"{server}\"]")), |it| !it.v6),
+        (when(&format!("key: destination.ip, notValues: [\"{server}\"]")), |it| it.v6),
+        // All parts of a rule must hold, any of a list's items, any of the rules.
+        (
+            "{from: [{source: {namespaces: [shop], notPrincipals: [\"*/friend\"]}}, {source: {ipBlocks: [\"fd77::/64\"]}}], \
+             to: [{operation: {ports: [\"8081\"]}}]}"
+                .to_owned(),
+            |it| it.v6 && it.port == OTHER_PORT,
+        ),
+        (when("key: source.namespace, values: [\"*\"], notValues: [street]"), |it| it.is(FRIEND)),
+        (format!("{}, {}", from("namespaces: [street]"), to("ports: [\"8080\"]")), |it| it.is(STRANGER) || it.port == PORT),
+    ];
+    for (rule, matches) in &rules {
+        scene.check("ALLOW", rule, matches);
+        scene.check("DENY", rule, |it| !matches(it));
     }
-    mesh.apply("rule", &policy("DENY", "{to: [{operation: {methods: [GET]}}]}"));
-    eventually("a DENY by HTTP denies more, not less", || all() == [false, false, false]);
-    mesh.apply("rule", &policy("AUDIT", "{}"));
-    eventually("AUDIT only counts", || all() == [true, true, true]);
-    let dry = policy("DENY", "{}").replace("name: rule,", "name: rule, annotations: {culvert.dev/dry-run: \"true\"},");
-    mesh.apply("rule", &policy("DENY", "{}"));
-    eventually("DENY denies all", || all() == [false, false, false]);
-    mesh.apply("rule", &dry);
-    eventually("a dry run only counts", || all() == [true, true, true]);
+}
+
+#[test]
+fn what_cannot_be_told_of_a_connection_never_allows_always_denies_and_is_reported() {
+    let mut scene = Scene::new();
+    for (rule, field, value) in [
+        (to("methods: [GET]"), "to[0].operation.methods", "GET"),
+        (to("notPaths: [/admin]"), "to[0].operation.notPaths", "/admin"),
+        (to("hosts: [shop.example]"), "to[0].operation.hosts", "shop.example"),
+        (from("requestPrincipals: [\"*\"]"), "from[0].source.requestPrincipals", "*"),
+        (from("remoteIpBlocks: [10.0.0.0/8]"), "from[0].source.remoteIpBlocks", "10.0.0.0/8"),
+        (from("notRemoteIpBlocks: [10.0.0.0/8]"), "from[0].source.notRemoteIpBlocks", "10.0.0.0/8"),
+        (when("key: remote.ip, values: [10.0.0.0/8]"), "when[0].key", "remote.ip"),
+        (when("key: remote.ip, notValues: [10.0.0.0/8]"), "when[0].key", "remote.ip"),
+        (when("key: \"request.headers[x]\", values: [y]"), "when[0].key", "request.headers[x]"),
+    ] {
+        for (action, effect) in [("ALLOW", "allows less"), ("DENY", "denies more")] {
+            scene.check(action, &rule, |_| false);
+            let name = format!("shop/rule-{}", scene.policies);
+            let log = scene.mesh.log("controller");
+            let reported = log.lines().any(|line| {
+                let parts = [name.as_str(), &format!("spec.rules[0].{field}"), value, effect];
+                parts.into_iter().all(|part| line.contains(part))
+            });
+            assert!(reported, "{action} {rule} is not reported:\n{log}");
+        }
+    }
+    // The rest of a DENY still counts; the other rules of an ALLOW, too.
+    let mixed = "{to: [{operation: {ports: [\"8080\"], methods: [GET]}}]}";
+    scene.check("DENY", mixed, |it| it.port != PORT);
+    scene.check("ALLOW", &format!("{mixed}, {}", to("ports: [\"8081\"]")), |it| it.port == OTHER_PORT);
+    scene.check("CUSTOM", &to("ports: [\"8080\"]"), |it| it.port != PORT);
+}
+
+#[test]
+fn denials_come_first_whatever_the_scope_and_other_workloads_are_left_alone() {
+    let mut scene = Scene::new();
+    let other = scene.mesh.pod(PodSpec { name: "other", namespace: "elsewhere", node: 1, enrolled: true });
+    app::server(&other.netns, PORT, app::echo);
+    let other_reached = |scene: &Scene| app::converse(&scene.clients[0].1.netns, other.at(false, PORT), "hello").is_ok();
+    eventually("the other server is reached", || other_reached(&scene));
+    // Where the policy is, whom it selects, and whether it bears on the other server as well.
+    let scopes = [("shop", "selector: {matchLabels: {app: server}}, ", false), ("shop", "", false), ("istio-system", "", true)];
+    for (number, (namespace, selector, everywhere)) in scopes.into_iter().enumerate() {
+        let object = |name: &str, action: &str, rule: &str| {
+            format!(
+                "apiVersion: security.istio.io/v1beta1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
+                 spec: {{{selector}action: {action}, rules: [{rule}]}}\n---\n"
+            )
+        };
+        let name = format!("allow-{number}");
+        scene.mesh.apply("scope", &object(&name, "ALLOW", &from("principals: [\"*/sa/stranger\"]")));
+        scene.mesh.await_policy(namespace, Some(&name));
+        eventually(&format!("ALLOW in {namespace} {selector}"), || scene.wrong(|it| it.is(STRANGER)).is_empty());
+        assert_eq!(other_reached(&scene), !everywhere, "ALLOW in {namespace} {selector}");
+        let both = object("b-allow", "ALLOW", "{}") + &object("c-deny", "DENY", &from("principals: [\"*/sa/stranger\"]"));
+        scene.mesh.apply("scope", &(both + &object("d-allow", "ALLOW", &from("namespaces: [street]"))));
+        eventually(&format!("DENY in {namespace} {selector}"), || scene.wrong(|it| !it.is(STRANGER)).is_empty());
+        assert!(other_reached(&scene), "a DENY of somebody else");
+        scene.mesh.delete("scope");
+        eventually("nothing is left of it", || scene.wrong(|_| true).is_empty());
+    }
+    // One of a namespace and one of the mesh: both count.
+    let mesh_wide = policy("wide", "DENY", &to("ports: [\"8081\"]")).replace("namespace: shop", "namespace: istio-system");
+    scene.mesh.apply("wide", &mesh_wide);
+    scene.mesh.await_policy("istio-system", Some("wide"));
+    scene.check("ALLOW", &from("namespaces: [\"*\"]"), |it| it.client.member && it.port == PORT);
+}
+
+#[test]
+fn policies_for_waypoints_dry_runs_and_audits_change_nothing_and_are_told_of() {
+    let mut scene = Scene::new();
+    let target = policy("target", "DENY", "{}")
+        .replace("selector: {matchLabels: {app: server}}", "targetRefs: [{kind: Service, group: \"\", name: web}]");
+    scene.mesh.apply("target", &target);
+    eventually("the target is reported", || {
+        scene.mesh.log("controller").lines().any(|line| {
+            ["shop/target", "spec.targetRefs[0]", "Service/web", "waypoint"].into_iter().all(|part| line.contains(part))
+        })
+    });
+    assert_eq!(scene.wrong(|_| true).len(), 0, "a policy for a waypoint is not enforced");
+
+    let verdicts = |scene: &Scene, policy: &str, verdict: &str, dry_run: bool| {
+        let labels = [("policy", format!("shop/{policy}")), ("verdict", verdict.to_owned()), ("dry_run", dry_run.to_string())];
+        let labels = labels.map(|(label, value)| format!("{label}=\"{value}\""));
+        scene.mesh.metrics(1).sum("culvert_policy_verdicts_total", &labels.each_ref().map(String::as_str))
+    };
+    for (annotation, number) in [("culvert.dev/dry-run", 1), ("istio.io/dry-run", 2)] {
+        let name = format!("dry-{number}");
+        let dry = policy(&name, "DENY", &from("principals: [\"*/sa/friend\"]"));
+        let dry = dry.replace(&format!("name: {name},"), &format!("name: {name}, annotations: {{{annotation}: \"true\"}},"));
+        scene.mesh.apply("rule", &dry);
+        scene.mesh.await_policy("shop", Some(&name));
+        assert_eq!(verdicts(&scene, &name, "deny", true), 0);
+        eventually("a dry run lets all through", || scene.wrong(|_| true).is_empty());
+        eventually("a dry run is counted", || {
+            assert_eq!(scene.wrong(|_| true).len(), 0);
+            verdicts(&scene, &name, "deny", true) > 0
+        });
+        assert_eq!(verdicts(&scene, &name, "deny", false), 0, "and not as if it were enforced");
+    }
+    scene.mesh.apply("rule", &policy("audit", "AUDIT", &from("namespaces: [shop]")));
+    scene.mesh.await_policy("shop", Some("audit"));
+    eventually("an audit is counted", || {
+        assert_eq!(scene.wrong(|_| true).len(), 0, "an audit denies nothing");
+        verdicts(&scene, "audit", "audit", false) > 0
+    });
+    // Its enforced twin denies, so that the above is not for want of reach.
+    scene.check("DENY", &from("principals: [\"*/sa/friend\"]"), |it| !it.is(FRIEND));
+    let denied = format!("rule-{}", scene.policies);
+    assert!(verdicts(&scene, &denied, "deny", false) > 0, "a denial is counted by its policy");
+    assert!(scene.mesh.log("agent-b").contains(&format!("by DENY policy shop/{denied}")), "and said in the access log");
 }
 
 #[test]
@@ -83,7 +340,7 @@ fn a_new_denial_cuts_open_connections_encrypted_or_not() {
             stream
         })
         .collect();
-    mesh.apply("rule", &policy("DENY", "{}"));
+    mesh.apply("rule", &policy("rule", "DENY", "{}"));
     for stream in &mut open {
         // What was on its way may still arrive; then the connection ends, and not in order.
         let mut rest = Vec::new();
@@ -103,6 +360,6 @@ fn default_deny_lets_through_only_what_is_allowed() {
         assert!(!reached());
         mesh.log("agent-b").contains("policy_denied")
     });
-    mesh.apply("rule", &policy("ALLOW", "{from: [{source: {principals: [cluster.local/ns/shop/sa/friend]}}]}"));
+    mesh.apply("rule", &policy("rule", "ALLOW", "{from: [{source: {principals: [cluster.local/ns/shop/sa/friend]}}]}"));
     eventually("what is allowed passes", reached);
 }

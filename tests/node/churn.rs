@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use harness::kernel::{Holdings, holdings, resident_memory};
+use harness::kernel::{Holdings, holdings};
 use harness::{Mesh, Pod, PodSpec, app, eventually, eventually_within, mesh};
 
 const PORT: u16 = 8080;
@@ -104,14 +104,13 @@ fn pods_that_come_and_go_leave_nothing_behind_and_break_nobody_elses_connection(
     let before = [holdings(&mesh, 0), holdings(&mesh, 1)];
     (0..8).for_each(|number| round(&mut mesh, number, (&client, &server)));
     settle(&mesh, &before);
-    let memory = [0, 1].map(|node| resident_memory(&mesh, node));
+    let memory = [0, 1].map(|node| mesh.agent_memory(node));
     (8..32).for_each(|number| round(&mut mesh, number, (&client, &server)));
     settle(&mesh, &before);
     for node in [0, 1] {
-        let now = resident_memory(&mesh, node);
-        assert!(now < memory[node] + 4096, "node {node} holds {now} KiB, {} after eight rounds", memory[node]);
-        let held =
-            mesh.metrics(node).lines().filter(|line| line.starts_with("culvert_certificate_expiry_timestamp_seconds{")).count();
+        let now = mesh.agent_memory(node);
+        assert!(now < memory[node] + (4 << 20), "node {node} holds {now} bytes, {} after eight rounds", memory[node]);
+        let held = mesh.metrics(node).count("culvert_certificate_expiry_timestamp_seconds");
         assert_eq!(held, 1, "certificates of pods that are gone");
     }
     assert!(steady.stop() > 100);

@@ -3,6 +3,7 @@
 mod bench;
 mod check;
 mod cluster;
+mod fuzz;
 mod generated;
 mod image;
 mod launch;
@@ -54,6 +55,14 @@ enum Verb {
     },
     /// A Kubernetes cluster on this machine: made, looked at, disturbed and removed.
     Cluster(cluster::Arguments),
+    /// Explores the parsers of foreign bytes: one target, or all.
+    Fuzz {
+        /// Which, of `tests/fuzz/fuzz_targets`.
+        target: Option<String>,
+        /// How long each is explored.
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+    },
     /// Shows the main job: two nodes, four pods, nginx and curl, beside what the wire sees.
     Demo {
         /// Leaves everything running, and says how to use it.
@@ -75,6 +84,7 @@ fn main() -> ExitCode {
         Verb::Image(args) => image::make(&args),
         Verb::Gen => generated::write(),
         Verb::Test { suite, filter, cluster } => test::run(suite, filter.as_deref(), &cluster),
+        Verb::Fuzz { target, seconds } => fuzz::explore(target.as_deref(), seconds),
         Verb::Cluster(arguments) => cluster::run(arguments),
         Verb::Demo { keep, remove } => launch::demo(keep, remove),
         Verb::Bench(arguments) => bench::bench(&arguments),

@@ -20,6 +20,8 @@ pub(crate) enum Scope {
     Cluster,
     /// Building Kubernetes for such a cluster.
     Kubernetes,
+    /// Exploring parsers with libFuzzer, which is C++.
+    Fuzz,
 }
 
 /// The linker's version and the LLVM that it is built against: the compilers' own.
@@ -60,6 +62,8 @@ const KUBERNETES: [(&str, &str); 3] = [
     ("/usr/lib/go-1.19/bin/go", "golang-1.19-go"),
     ("/usr/share/gocode/src/github.com/modern-go/reflect2", "golang-github-modern-go-reflect2-dev"),
 ];
+/// Programs that exploring parsers needs, with Debian's packages that have them.
+const FUZZ: [(&str, &str); 1] = [("c++", "g++")];
 /// What links bpf-linker.
 const LINKER_LIBRARIES: [&str; 5] = ["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libzstd-dev", "libxml2-dev"];
 /// A compiler with a `core` for the kernel's target, where rustup has none.
@@ -74,6 +78,7 @@ pub(crate) fn ensure(scope: Scope) -> Result<()> {
         Scope::Bench => [&TEST, &BENCH],
         Scope::Cluster => [&CLUSTER, &[]],
         Scope::Kubernetes => [&KUBERNETES, &[]],
+        Scope::Fuzz => [&FUZZ, &[]],
     };
     for (_, packages) in BUILD.iter().chain(more).chain(yet_more).filter(|(program, _)| find(program).is_none()) {
         missing.extend(packages.split(' '));

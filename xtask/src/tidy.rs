@@ -9,12 +9,13 @@ use anyhow::{Context as _, Result, ensure};
 use crate::run::root;
 
 /// Which modules of the agent each module may name, beside itself. Pure modules first; composition roots may name all.
-const ARROWS: [(&str, &[&str]); 19] = [
+const ARROWS: [(&str, &[&str]); 20] = [
     ("backoff", &[]),
     ("model", &[]),
     ("proto", &[]),
     ("policy", &["model"]),
     ("drain", &[]),
+    ("limits", &[]),
     ("relay", &["model"]),
     ("capture", &["model"]),
     ("deliver", &["model"]),
@@ -26,9 +27,9 @@ const ARROWS: [(&str, &[&str]); 19] = [
     ("config", &["observe", "tunnel"]),
     ("installation", &["config", "model"]),
     ("diagnosis", &["capture", "config", "installation", "model", "policy"]),
-    ("controller", &["backoff", "model", "observe", "policy", "proto"]),
+    ("controller", &["backoff", "limits", "model", "observe", "policy", "proto"]),
     ("outbound", &["capture", "deliver", "discovery", "drain", "identity", "model", "observe", "relay", "serve", "tunnel"]),
-    ("inbound", &["capture", "deliver", "drain", "identity", "model", "observe", "policy", "relay", "serve", "tunnel"]),
+    ("inbound", &["capture", "deliver", "drain", "identity", "limits", "model", "observe", "policy", "relay", "serve", "tunnel"]),
 ];
 
 /// Which modules of the agent, and what is below them, may name a big dependency.

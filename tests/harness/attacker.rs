@@ -1,0 +1,191 @@
+//! A peer that keeps to no rule: TLS to anywhere with any certificate or none, and real certificates got with a node's token.
+
+use std::fs;
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme, StreamOwned};
+
+use crate::http2;
+use crate::mesh::{Mesh, NODES};
+
+/// A TLS connection of the attacker's.
+pub type Tls = StreamOwned<ClientConnection, TcpStream>;
+
+/// A certificate chain and its key.
+#[derive(Debug)]
+pub struct Credentials {
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+}
+
+impl Credentials {
+    /// A chain of nobody's: one certificate, signed by its own key, that claims `identity`.
+    ///
+    /// # Panics
+    /// Never.
+    #[must_use]
+    pub fn self_signed(identity: &str) -> Self {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let mut params = rcgen::CertificateParams::default();
+        params.subject_alt_names = vec![rcgen::SanType::URI(identity.try_into().expect("an ASCII text"))];
+        let certificate = params.self_signed(&key).expect("a certificate");
+        Self { chain: vec![certificate.der().clone()], key: PrivatePkcs8KeyDer::from(key.serialize_der()).into() }
+    }
+}
+
+impl Clone for Credentials {
+    fn clone(&self) -> Self {
+        Self { chain: self.chain.clone(), key: self.key.clone_key() }
+    }
+}
+
+impl Mesh {
+    /// The token of a node.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn token(&self, node: usize) -> String {
+        let path = self.state_dir().join("tokens").join(NODES[node]);
+        fs::read_to_string(path).expect("the controller has written it").trim().to_owned()
+    }
+
+    /// A real certificate for a workload on `node`, asked of the controller with that node's token.
+    ///
+    /// # Panics
+    /// When the controller does not sign.
+    #[must_use]
+    pub fn credentials(&self, node: usize, identity: &str) -> Credentials {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let request = rcgen::CertificateParams::default().serialize_request(&key).expect("a request").pem().expect("PEM");
+        let asked = certificate_request(&request, identity);
+        let token = self.token(node);
+        let answer = self.node(node).run(move || {
+            let mut tls = connect(CONTROLLER, None, &[b"h2"]).expect("the controller listens");
+            http2::unary(&mut tls, CREATE_CERTIFICATE, Some(&token), &asked).expect("an answer").expect("a certificate")
+        });
+        // Of the answer nothing but the certificates matters, each of which is a text of its own.
+        let answer = String::from_utf8_lossy(&answer);
+        let texts = answer.split(BEGIN).skip(1).map(|text| format!("{BEGIN}{text}"));
+        let chain = texts.map(|text| CertificateDer::from_pem_slice(text.as_bytes()).expect("PEM")).collect();
+        Credentials { chain, key: PrivatePkcs8KeyDer::from(key.serialize_der()).into() }
+    }
+}
+
+const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
+/// Where the controller of a [`Mesh`] listens.
+pub const CONTROLLER: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(10, 77, 0, 1)), 15012);
+/// The path of the certificate service.
+pub const CREATE_CERTIFICATE: &str = "/istio.v1.auth.IstioCertificateService/CreateCertificate";
+/// The path of the discovery service.
+pub const DISCOVERY: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+
+/// An `IstioCertificateRequest` for `identity`.
+#[must_use]
+pub fn certificate_request(request: &str, identity: &str) -> Vec<u8> {
+    let value = http2::field(3, identity.as_bytes());
+    let entry = [http2::field(1, b"ImpersonatedIdentity"), http2::field(2, &value)].concat();
+    let metadata = http2::field(1, &entry);
+    [http2::field(1, request.as_bytes()), http2::field(4, &metadata)].concat()
+}
+
+/// Connects from the caller's namespace and shakes hands, whoever the server is. Both may take five seconds.
+///
+/// # Errors
+/// The connection's, or the server's refusal.
+pub fn connect(to: SocketAddr, credentials: Option<&Credentials>, alpn: &[&[u8]]) -> io::Result<Tls> {
+    let mut socket = dial(to)?;
+    let mut tls = ClientConnection::new(config(credentials, alpn), ServerName::from(to.ip())).map_err(io::Error::other)?;
+    while tls.is_handshaking() {
+        tls.complete_io(&mut socket)?;
+    }
+    Ok(StreamOwned::new(tls, socket))
+}
+
+/// Connects from the caller's namespace. Nothing on the connection takes longer than five seconds.
+///
+/// # Errors
+/// The connection's.
+pub fn dial(to: SocketAddr) -> io::Result<TcpStream> {
+    let patience = Duration::from_secs(5);
+    let socket = TcpStream::connect_timeout(&to, patience)?;
+    socket.set_read_timeout(Some(patience))?;
+    socket.set_write_timeout(Some(patience))?;
+    Ok(socket)
+}
+
+/// The first bytes of an honest client.
+///
+/// # Panics
+/// Never.
+#[must_use]
+pub fn client_hello(alpn: &[&[u8]]) -> Vec<u8> {
+    let name = ServerName::from(std::net::IpAddr::from([10, 77, 0, 1]));
+    let mut tls = ClientConnection::new(config(None, alpn), name).expect("a configuration");
+    let mut hello = Vec::new();
+    while tls.wants_write() {
+        tls.write_tls(&mut hello).expect("memory takes all");
+    }
+    hello
+}
+
+fn config(credentials: Option<&Credentials>, alpn: &[&[u8]]) -> Arc<ClientConfig> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let algorithms = provider.signature_verification_algorithms;
+    let builder = ClientConfig::builder_with_provider(Arc::<CryptoProvider>::clone(&provider))
+        .with_safe_default_protocol_versions()
+        .expect("the provider has them")
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(AnyServer(algorithms)));
+    let mut config = match credentials.cloned() {
+        Some(Credentials { chain, key }) => builder.with_client_auth_cert(chain, key).expect("the key fits"),
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    Arc::new(config)
+}
+
+#[derive(Debug)]
+struct AnyServer(WebPkiSupportedAlgorithms);
+
+impl ServerCertVerifier for AnyServer {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, certificate, signature, &self.0)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, certificate, signature, &self.0)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_schemes()
+    }
+}
