@@ -93,13 +93,16 @@ impl NodeAuth for NodeTokens {
     fn set_nodes(&self, nodes: &BTreeSet<String>) -> Vec<NodeAuthError> {
         let mut failures = Vec::new();
         let mut accepted = BTreeMap::new();
+        // Held while tokens are written: who reads one and shows it at once is answered when it is accepted.
+        let mut in_force = lock(&self.accepted);
         for node in nodes {
             match self.token(node) {
                 Ok(token) => drop(accepted.insert(node.clone(), Hash::of(token.as_bytes()))),
                 Err(failure) => failures.push(failure),
             }
         }
-        let before = std::mem::replace(&mut *lock(&self.accepted), accepted);
+        let before = std::mem::replace(&mut *in_force, accepted);
+        drop(in_force);
         // No node at all since the start may only mean that the objects are yet to come.
         if !(nodes.is_empty() && before.is_empty()) {
             failures.extend(self.remove_others(nodes));
