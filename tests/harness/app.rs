@@ -36,7 +36,9 @@ pub fn server(pod: &Namespace, port: u16, serve: impl Fn(TcpStream) + Clone + Se
 /// Hands each connection to `serve`, on a thread of its own.
 pub fn accept(listener: TcpListener, serve: impl Fn(TcpStream) + Clone + Send + 'static) {
     std::thread::spawn(move || {
-        for stream in listener.incoming().map_while(Result::ok) {
+        // A connection that was reset in the queue is no reason to leave the others there.
+        for stream in listener.incoming() {
+            let Ok(stream) = stream.inspect_err(|error| eprintln!("accept: {error}")) else { continue };
             let serve = serve.clone();
             std::thread::spawn(move || serve(stream));
         }

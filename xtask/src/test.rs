@@ -22,6 +22,8 @@ pub(crate) enum Suite {
     Ebpf,
     /// Nodes of network namespaces, with real programs and real mutual TLS.
     Node,
+    /// Hostile bytes and operators' mistakes against a real agent and controller: minutes of load, run by name only.
+    Hostile,
     /// A real Kubernetes cluster, which is made for it unless one is named.
     Cluster,
 }
@@ -33,6 +35,7 @@ impl Suite {
             Self::Unit => "unit",
             Self::Ebpf => "ebpf",
             Self::Node => "node",
+            Self::Hostile => "hostile",
             Self::Cluster => "cluster",
         }
     }
@@ -88,7 +91,7 @@ fn one(suite: Suite, filter: Option<&str>) -> Result<()> {
             crate::run::run(cargo().args(["test", "--package", "culvert-tests", "--lib", "--bins"]).args(filter))?;
             command.env("CULVERT_REQUIRE_EBPF", "1");
         }
-        Suite::Ebpf | Suite::Node | Suite::Cluster => {
+        Suite::Ebpf | Suite::Node | Suite::Hostile | Suite::Cluster => {
             if !setup::is_root() {
                 bail!("network namespaces and eBPF need root");
             }

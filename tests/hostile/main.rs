@@ -4,6 +4,7 @@
 //! `CULVERT_FUZZ_SEED` repeats a run, `CULVERT_FUZZ_SECONDS` makes each attack longer.
 
 mod controller;
+mod mistakes;
 mod noise;
 mod pods;
 mod tunnels;
