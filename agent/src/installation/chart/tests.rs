@@ -105,6 +105,19 @@ fn every_volume_is_mounted_and_the_host_ones_are_as_narrow_as_can_be() {
     assert_eq!(netns["mountPropagation"], "HostToContainer");
 }
 
+/// YAML 1.1 has octal numbers that YAML 1.2 takes for text: Helm reads the one, this program the other.
+#[test]
+fn file_modes_are_numbers_for_every_reader() {
+    for file in rendered(&[], &MODERN) {
+        for mode in file.text.lines().filter_map(|line| line.trim().strip_prefix("defaultMode: ")) {
+            assert!(!mode.starts_with('0') && mode.parse::<u32>().is_ok(), "{}: {mode}", file.name);
+        }
+    }
+    let agent = agent(&[]);
+    let volumes = agent["spec"]["template"]["spec"]["volumes"].as_array().expect("volumes");
+    assert!(volumes.iter().any(|volume| volume["projected"]["defaultMode"] == 0o400));
+}
+
 #[test]
 fn the_arguments_are_those_that_the_roles_take() {
     let agent = agent(&["agent.extraArgs=[--workers=2]"]);
