@@ -1,10 +1,12 @@
 //! Nodes and pods as network namespaces, with a real controller and real agents, removed again when dropped.
 //!
-//! A [`Cluster`] is a Kubernetes cluster that is up already. A [`Mesh`] has a flat network over two nodes, `a` and `b`, each with a namespace, a bridge and an uplink to the fabric between
-//! them. Pods are namespaces with a veth into their node's bridge. The binary under test is `CULVERT_BIN`.
+//! A [`Cluster`] is a Kubernetes cluster that is up already. A [`Mesh`] has a flat network over two nodes, `a` and `b`, each with a
+//! namespace, a bridge and an uplink to the fabric between them. Pods are namespaces with a veth into their node's bridge, and all of
+//! their processes are in a cgroup of this process's own. The binary under test is `CULVERT_BIN`.
 
 pub mod app;
 pub mod attacker;
+pub mod cgroup;
 pub mod cluster;
 pub mod crowd;
 pub mod forge;

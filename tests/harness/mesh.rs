@@ -13,7 +13,7 @@ mod place;
 pub use place::{Pod, PodSpec, addresses, link_address, manifest};
 
 use crate::netns::Namespace;
-use crate::{Capture, Metrics, PATIENCE, Process, eventually, eventually_within};
+use crate::{Capture, Metrics, PATIENCE, Process, cgroup, eventually, eventually_within};
 
 /// The nodes' names.
 pub const NODES: [&str; 2] = ["a", "b"];
@@ -81,6 +81,7 @@ impl Mesh {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let id = format!("cv{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let dir = PathBuf::from("/run/culvert-test").join(&id);
+        cgroup::own();
         let (fabric, root) = (Namespace::new(&format!("{id}-fabric")), dir.join("state/root-cert.pem"));
         fabric.ip("link add br0 type bridge");
         fabric.ip("link set br0 up");
@@ -161,6 +162,7 @@ impl Mesh {
         command.args(["agent", "--node", name, "--controller", "https://10.77.0.1:15012", "--root-cert"]);
         command.arg(&self.root).arg("--token-file").arg(self.dir.join("state/tokens").join(name));
         command.arg("--netns-dir").arg(self.netns_dir(node)).arg("--bpf-dir").arg(self.dir.join(name).join("bpf"));
+        command.arg("--cgroup-root").arg(cgroup::own());
         command.args(&self.agent_arguments[node]).envs(self.agent_environment.iter().cloned());
         self.agents[node] = Some(self.spawn(command, &format!("agent-{name}")));
         let started = format!("agent-{name}");
@@ -334,6 +336,14 @@ impl Mesh {
         fs::read_to_string(self.dir.join(format!("{who}.log"))).unwrap_or_default()
     }
 
+    /// Prints what a node's programs have decided so far, for who reads of a failure.
+    fn tell_outcomes(&self, node: usize) {
+        let metrics = self.nodes[node].run(|| Metrics::fetch(SocketAddr::from(([127, 0, 0, 1], 15020))));
+        let Ok(metrics) = metrics else { return };
+        eprintln!("--- outcomes on {}", NODES[node]);
+        metrics.series("culvert_capture_outcomes_total").for_each(|series| eprintln!("{series}"));
+    }
+
     fn spawn(&self, mut command: Command, name: &str) -> Child {
         let log = File::create(self.dir.join(format!("{name}.log"))).expect("a log");
         command.stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("nsenter is installed")
@@ -342,6 +352,9 @@ impl Mesh {
 
 impl Drop for Mesh {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            (0..NODES.len()).for_each(|node| self.tell_outcomes(node));
+        }
         self.agents.iter_mut().for_each(end);
         end(&mut self.controller);
         if std::thread::panicking() {

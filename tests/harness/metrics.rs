@@ -29,10 +29,15 @@ impl Metrics {
         matching.sum::<f64>() as u64
     }
 
+    /// The lines of the series of this name.
+    pub fn series<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
+        self.0.lines().filter(move |line| line.split(['{', ' ']).next() == Some(name))
+    }
+
     /// How many series there are of this name.
     #[must_use]
     pub fn count(&self, name: &str) -> usize {
-        self.0.lines().filter(|line| line.split(['{', ' ']).next() == Some(name)).count()
+        self.series(name).count()
     }
 }
 

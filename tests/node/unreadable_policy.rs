@@ -39,10 +39,14 @@ impl Lab {
     }
 
     fn apply(&self, kind: &str, spec: &str) {
+        self.apply_as("rule", kind, spec);
+    }
+
+    fn apply_as(&self, name: &str, kind: &str, spec: &str) {
         let text = format!(
-            "apiVersion: security.istio.io/v1\nkind: {kind}\nmetadata: {{name: rule, namespace: shop}}\nspec: {{{spec}}}\n"
+            "apiVersion: security.istio.io/v1\nkind: {kind}\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{{spec}}}\n"
         );
-        self.mesh.apply("rule", &text);
+        self.mesh.apply(name, &text);
     }
 
     fn told(&self, words: &str) {
@@ -105,9 +109,11 @@ fn a_mode_that_cannot_be_read_is_strict() {
     lab.apply("PeerAuthentication", &format!("{CHOSEN}, mtls: {{mode: PERMISSIVE}}"));
     lab.becomes("the good one takes its place", [true; 4]);
     lab.remove();
-    lab.apply("PeerAuthentication", "mtls: STRICT");
+    // Under a name of its own: what the other said would stay in force until its end is known.
+    lab.apply_as("wide", "PeerAuthentication", "mtls: STRICT");
     lab.becomes("the whole namespace takes mutual TLS only", [true, false, true, false]);
-    lab.remove();
+    lab.mesh.delete("wide");
+    lab.becomes("without the policy all is open", [true; 4]);
 }
 
 #[test]

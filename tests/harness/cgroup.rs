@@ -1,0 +1,48 @@
+//! A cgroup of this process's own: the agents under test attach to it, so that they see what this process starts, and nothing else of
+//! the machine's; nor does another run beside it see them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+const PREFIX: &str = "culvert-test-";
+
+/// The cgroup v2 directory that this process is in, and what it starts from now on.
+///
+/// # Panics
+/// When it cannot be made: root and a mount of cgroup v2 are needed.
+pub fn own() -> &'static Path {
+    static OWN: LazyLock<PathBuf> = LazyLock::new(|| {
+        let root = root().expect("cgroup v2 is mounted");
+        remove_left(&root);
+        let own = root.join(format!("{PREFIX}{}", std::process::id()));
+        fs::create_dir_all(&own).expect("root may make a cgroup");
+        fs::write(own.join("cgroup.procs"), "0").expect("root may enter a cgroup");
+        own
+    });
+    &OWN
+}
+
+/// Where the whole tree is mounted.
+fn root() -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let trees = mounts.lines().filter_map(|line| {
+        let (place, kind) = line.split_once(" - ")?;
+        let mut fields = place.split(' ').skip(3);
+        let (part, point) = (fields.next()?, fields.next()?);
+        kind.starts_with("cgroup2 ").then(|| (part.len(), PathBuf::from(point)))
+    });
+    trees.min_by_key(|(depth, _)| *depth).map(|(_, point)| point)
+}
+
+/// Removes what ended processes have left: none can leave the cgroup that it is in, and one with processes stays.
+fn remove_left(root: &Path) {
+    let directories = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    let of_tests = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(PREFIX));
+    for cgroup in directories(root).filter(of_tests) {
+        for part in directories(&cgroup).filter(|part| part.is_dir()) {
+            let _in_use = fs::remove_dir(part);
+        }
+        let _in_use = fs::remove_dir(cgroup);
+    }
+}
