@@ -134,6 +134,17 @@ impl Maps {
         lock(&self.0.namespaces).insert(cookie, namespace, 0)
     }
 
+    /// Closes a namespace unless the programs know it already, and gives what they knew. The two are one step: it may be enrolled
+    /// meanwhile, and must stay so.
+    pub(super) fn close_unknown_namespace(&self, cookie: u64) -> Result<Option<Namespace>, MapError> {
+        let mut namespaces = lock(&self.0.namespaces);
+        let known = namespaces.get(&cookie, 0).ok();
+        if known.is_none() {
+            namespaces.insert(cookie, Namespace::pending(), 0)?;
+        }
+        Ok(known)
+    }
+
     /// Makes the programs forget a namespace that is gone.
     pub(super) fn forget_namespace(&self, cookie: u64) {
         let _unknown_already = lock(&self.0.namespaces).remove(&cookie);

@@ -51,10 +51,8 @@ pub(super) struct Opened {
 pub(super) fn open(path: &Path, maps: &Maps, close: bool) -> Result<Option<Opened>, SetupError> {
     let failed = |source| SetupError::Open { path: path.to_owned(), source };
     let Some(netns) = Netns::open(path).map_err(failed)? else { return Ok(None) };
-    let former = maps.namespace(netns.cookie()).map(|namespace| namespace.state());
-    if close && former.is_none() {
-        maps.set_namespace(netns.cookie(), Namespace::pending())?;
-    }
+    let known = if close { maps.close_unknown_namespace(netns.cookie())? } else { maps.namespace(netns.cookie()) };
+    let former = known.map(|namespace| namespace.state());
     let watch = netns.enter(AddressWatch::open_here).map_err(failed)?;
     let addresses = watch.addresses().map_err(failed)?;
     Ok(Some(Opened { netns, watch, addresses, former }))
