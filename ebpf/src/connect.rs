@@ -11,7 +11,7 @@ use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::debug;
 use culvert_ebpf_common::{Address, Dispatch, Endpoint, Event, Flow, NamespaceState, OUTBOUND_PORT, Outcome, Settings, Socket};
 
-use crate::maps::{self, AGENT_PROCESSES, DESTINATIONS, NAMESPACES, SETTINGS, SOCKETS};
+use crate::maps::{self, AGENT_PROCESSES, CLAIMED, DESTINATIONS, NAMESPACES, SETTINGS, SOCKETS};
 
 const IPPROTO_TCP: u32 = 6;
 const SOL_SOCKET: i32 = 1;
@@ -100,6 +100,7 @@ fn decide(ctx: &SockAddrContext, address: Address) -> Decision {
     match namespace.state() {
         NamespaceState::Exempt => return Decision::Done(Outcome::PassedOutside),
         NamespaceState::Pending if address.is_local() => return Decision::Done(Outcome::PassedLocal),
+        NamespaceState::Pending if is_claimed(netns_cookie) => return Decision::Done(Outcome::PassedOutside),
         NamespaceState::Pending => {
             let flow = Flow { source: Endpoint::default(), destination };
             maps::tell(&Event::unseen_namespace(process, netns_cookie, flow));
@@ -141,7 +142,7 @@ fn unseen(ctx: &SockAddrContext, settings: &Settings, netns_cookie: u64, process
         return Outcome::PassedLocal;
     }
     let [first, second] = settings.host_cookies;
-    if netns_cookie == first || netns_cookie == second || is_agent(process) {
+    if netns_cookie == first || netns_cookie == second || is_agent(process) || is_claimed(netns_cookie) {
         return Outcome::PassedOutside;
     }
     // SAFETY: the helper takes nothing.
@@ -168,6 +169,13 @@ fn dispatch(destination: Endpoint) -> Dispatch {
         None if maps::in_cluster(destination.address().octets()) => Dispatch::Capture,
         None => Dispatch::Pass,
     }
+}
+
+/// Whether another agent answers for the namespace. Its own programs say what may leave it.
+#[inline(always)]
+fn is_claimed(netns_cookie: u64) -> bool {
+    // SAFETY: only the entry's presence is looked at.
+    unsafe { CLAIMED.get(netns_cookie) }.is_some()
 }
 
 #[inline(always)]

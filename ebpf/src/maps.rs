@@ -19,6 +19,10 @@ pub(crate) static AGENT_PROCESSES: HashMap<u32, u64> = HashMap::with_max_entries
 #[map]
 pub(crate) static NAMESPACES: HashMap<u64, Namespace> = HashMap::with_max_entries(65_536, NO_PREALLOC);
 
+/// Namespaces that another agent on this kernel answers for, by cookie. Written by those agents.
+#[map]
+pub(crate) static CLAIMED: LruHashMap<u64, u32> = LruHashMap::with_max_entries(8192, 0);
+
 /// The mesh's addresses, by address and port; port 0 stands for every other port. A `Dispatch`. Written by the agent.
 #[map]
 pub(crate) static DESTINATIONS: HashMap<Endpoint, u32> = HashMap::with_max_entries(1_048_576, NO_PREALLOC);

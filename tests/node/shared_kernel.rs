@@ -68,3 +68,25 @@ fn agents_with_one_directory_enrol_each_its_own_nodes_pods() {
     eventually("its own are back", || app::converse(&pods[2].netns, pods[3].at(false, PORT), "hello").is_ok());
     assert!(reached().is_ok());
 }
+
+#[test]
+fn two_meshes_with_the_same_addresses_do_not_shut_out_each_others_pods() {
+    let mut meshes = [Mesh::start(), Mesh::start()];
+    let mut pods = Vec::new();
+    for (name, node, enrolled) in [("server", 1, true), ("client", 0, true), ("outsider", 0, false)] {
+        // By turns: each comes when the other mesh's agents know a pod of their own at its address, or are about to.
+        pods.push(meshes.each_mut().map(|mesh| mesh.pod(PodSpec { name, namespace: "shop", node, enrolled })));
+    }
+    let [servers, clients, outsiders] = &pods[..] else { panic!("three pods a mesh") };
+    for (number, server) in servers.iter().enumerate() {
+        app::server(&server.netns, PORT, app::echo);
+        let mut capture = meshes[number].capture_between_nodes();
+        eventually("it is reached", || app::converse(&clients[number].netns, server.at(false, PORT), "marker-two").is_ok());
+        capture.finish();
+        assert!(!capture.shows(b"marker-two"), "each has its own tunnels");
+        app::converse(&outsiders[number].netns, server.at(false, PORT), "plain").expect("no other agent refuses it");
+        meshes[number].mode("shop", "STRICT");
+        eventually("STRICT holds", || app::converse(&outsiders[number].netns, server.at(false, PORT), "plain").is_err());
+        app::converse(&clients[number].netns, server.at(false, PORT), "sealed").expect("a member is served");
+    }
+}

@@ -104,8 +104,8 @@ pub(super) struct Enroller {
     /// Namespaces of pods that are gone. What still runs in one, or keeps it mounted elsewhere, does not get out in the clear.
     left: VecDeque<u64>,
     agents: Agents,
-    agents_read: Instant,
-    namespaces_id: u32,
+    agents_read: Option<Instant>,
+    claimed_id: u32,
     /// How many namespaces are being opened.
     opening: usize,
     /// Processes that were refused since the last look, by the cookie of their namespace.
@@ -167,8 +167,8 @@ impl Enroller {
             unmounted: VecDeque::new(),
             left: VecDeque::new(),
             agents: Agents::default(),
-            agents_read: now,
-            namespaces_id: loaded.namespaces_id,
+            agents_read: None,
+            claimed_id: loaded.claimed_id,
             opening: 0,
             reported: HashMap::new(),
             unresolved: HashMap::new(),
@@ -386,8 +386,7 @@ impl Enroller {
             Report::UnseenNamespace { process, cookie } => {
                 if self.tracked.contains_key(&cookie) {
                     // Another agent may have started in it: then it is a node.
-                    if self.agents_read.elapsed() > AGENTS_READ {
-                        self.read_agents();
+                    if self.read_agents() {
                         self.reconcile(cookie).await;
                     }
                 } else if self.reported.len() < QUEUE && self.maps.namespace(cookie).is_none() {

@@ -21,15 +21,16 @@ use tokio::io::Interest;
 
 use super::cgroup::CgroupRoot;
 use super::maps::Maps;
-use super::{CaptureError, LoadConfig, Netns, bpffs, mounts, readiness, routing};
+use super::{CaptureError, LoadConfig, Netns, bpffs, mounts, others, readiness, routing};
 
 /// The programs, as `agent/build.rs` compiled them. Empty in a build without a compiler for them.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert-ebpf"));
 
-const PINNED_MAPS: [&str; 12] = [
+const PINNED_MAPS: [&str; 13] = [
     "SETTINGS",
     "AGENT_PROCESSES",
     "NAMESPACES",
+    others::CLAIMED,
     "DESTINATIONS",
     "CLUSTER_RANGES",
     "SOCKETS",
@@ -58,8 +59,8 @@ pub(super) struct Loaded {
     pub(super) program_log: BoxFuture<'static, ()>,
     /// The agent's own namespace.
     pub(super) own: Netns,
-    /// The number of its map of namespaces.
-    pub(super) namespaces_id: u32,
+    /// The number of the map in which it is told of other agents' pods.
+    pub(super) claimed_id: u32,
 }
 
 /// The `sk_lookup` program, to be attached to each pod.
@@ -81,8 +82,8 @@ pub(super) fn load(config: &LoadConfig) -> Result<Loaded, CaptureError> {
     let mut ebpf = load_object(&pins)?;
     let maps = Maps::take(&mut ebpf)?;
     let events = take_events(&mut ebpf)?;
-    let namespaces_id = MapInfo::from_pin(pins.join("NAMESPACES")).map(|map| map.id());
-    let namespaces_id = namespaces_id.map_err(|source| CaptureError::Map { map: "NAMESPACES", source })?;
+    let claimed_id = MapInfo::from_pin(pins.join(others::CLAIMED)).map(|map| map.id());
+    let claimed_id = claimed_id.map_err(|source| CaptureError::Map { map: others::CLAIMED, source })?;
     initialise(&maps, &own, config.cgroup_root.is_some())?;
     for name in CGROUP_PROGRAMS {
         attach(&mut ebpf, name, &cgroup, &pins)?;
@@ -92,7 +93,7 @@ pub(super) fn load(config: &LoadConfig) -> Result<Loaded, CaptureError> {
     // Only now: the logger takes a map that the programs name until they are loaded.
     let program_log = program_log(&mut ebpf);
     let lookup = LookupProgram { ebpf: Arc::new(Mutex::new(ebpf)), pins: pins.join(PODS) };
-    Ok(Loaded { maps, lookup, events, program_log, own, namespaces_id })
+    Ok(Loaded { maps, lookup, events, program_log, own, claimed_id })
 }
 
 fn program_log(ebpf: &mut Ebpf) -> BoxFuture<'static, ()> {

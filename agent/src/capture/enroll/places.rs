@@ -13,7 +13,7 @@ use culvert_ebpf_common::Namespace;
 use tokio::time::Instant;
 
 use super::watch::{MountTable, News, Place};
-use super::{Enroller, FIRST_RETRY, Message, setup};
+use super::{AGENTS_READ, Enroller, FIRST_RETRY, Message, setup};
 use crate::capture::Netns;
 use crate::capture::netns::AddressWatch;
 use crate::capture::others::Agents;
@@ -72,9 +72,20 @@ impl Enroller {
         self.look_at = Some(self.look_at.map_or(at, |planned| planned.min(at)));
     }
 
-    pub(super) fn read_agents(&mut self) {
-        self.agents_read = Instant::now();
-        self.agents = Agents::find(self.namespaces_id);
+    /// Learns of other agents on this kernel, unless that was done just now. Gives whether it was not.
+    pub(super) fn read_agents(&mut self) -> bool {
+        let due = self.agents_read.is_none_or(|read| read.elapsed() > AGENTS_READ);
+        if due {
+            self.agents_read = Some(Instant::now());
+            self.agents = Agents::find(self.claimed_id);
+        }
+        due
+    }
+
+    /// Tells all other agents that a namespace is a pod of this node's, those too that have started since the last look.
+    pub(super) fn claim_from_others(&mut self, cookie: u64) {
+        self.read_agents();
+        self.agents.claim(cookie);
     }
 
     /// Remembers the namespace of a pod that is gone.

@@ -133,12 +133,12 @@ impl Enroller {
             Step::Close => self.release(cookie, Release::Closed).await,
             Step::Exempt => {
                 if self.is_of_this_node(&tracked.addresses) {
-                    self.agents.claim(cookie);
+                    self.claim_from_others(cookie);
                 }
                 self.release(cookie, Release::Exempt).await;
             }
             Step::Enrol(workload) => {
-                self.agents.claim(cookie);
+                self.claim_from_others(cookie);
                 self.enrol(cookie, workload).await;
             }
             Step::Reenrol(workload) => {
