@@ -24,11 +24,13 @@ const AF_INET: u8 = libc::AF_INET as u8;
 const AF_INET6: u8 = libc::AF_INET6 as u8;
 
 const ESTABLISHED: u8 = 1;
+/// Admitted, and not answered yet: nothing would judge it again when it is.
+const SYN_RECEIVED: u8 = 3;
 const FIN_WAIT1: u8 = 4;
 const FIN_WAIT2: u8 = 5;
 const CLOSE_WAIT: u8 = 8;
 const LISTEN: u8 = 10;
-const STATES: u32 = 1 << ESTABLISHED | 1 << FIN_WAIT1 | 1 << FIN_WAIT2 | 1 << CLOSE_WAIT | 1 << LISTEN;
+const STATES: u32 = 1 << ESTABLISHED | 1 << SYN_RECEIVED | 1 << FIN_WAIT1 | 1 << FIN_WAIT2 | 1 << CLOSE_WAIT | 1 << LISTEN;
 
 /// `struct inet_diag_sockid`: ports, addresses, interface, cookie.
 const ID_LENGTH: usize = 48;
@@ -174,9 +176,10 @@ mod tests {
             socket(ESTABLISHED, "10.0.0.1:15008", "10.0.0.9:1003", LISTENER_MARK),
             socket(CLOSE_WAIT, "10.0.0.1:80", "10.0.0.9:1004", LISTENER_MARK),
             socket(CLOSE_WAIT, "10.0.0.1:80", "10.0.0.9:1005", 0),
+            socket(SYN_RECEIVED, "10.0.0.1:80", "10.0.0.9:1006", 0),
         ];
         let remotes: Vec<_> = inbound(&listed).map(|socket| socket.remote.port()).collect();
-        assert_eq!(remotes, [1000, 1005]);
+        assert_eq!(remotes, [1000, 1005, 1006]);
     }
 
     #[test]
