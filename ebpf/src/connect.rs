@@ -5,7 +5,8 @@
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::{
-    bpf_get_current_pid_tgid, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_getsockopt, bpf_ktime_get_ns,
+    bpf_get_current_cgroup_id, bpf_get_current_pid_tgid, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_getsockopt,
+    bpf_ktime_get_ns,
 };
 use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::debug;
@@ -90,7 +91,7 @@ fn decide(ctx: &SockAddrContext, address: Address) -> Decision {
     let process = (bpf_get_current_pid_tgid() >> 32) as u32;
     let Some(settings) = SETTINGS.get(0) else { return Decision::Done(Outcome::PassedOutside) };
     if settings.agent_mark != 0 && mark(ctx) == settings.agent_mark {
-        let _full = AGENT_PROCESSES.insert(process, 1, 0);
+        let _full = AGENT_PROCESSES.insert(process, cgroup(), 0);
         return Decision::Done(Outcome::PassedAgent);
     }
     // SAFETY: the entry is copied at once; a concurrent change of it is a change of state that either order allows.
@@ -178,10 +179,18 @@ fn is_claimed(netns_cookie: u64) -> bool {
     unsafe { CLAIMED.get(netns_cookie) }.is_some()
 }
 
+/// The number of an agent that is gone may become an application's: its cgroup tells them apart.
 #[inline(always)]
 fn is_agent(process: u32) -> bool {
-    // SAFETY: only the entry's presence is looked at.
-    unsafe { AGENT_PROCESSES.get(process) }.is_some()
+    // SAFETY: the entry is a 64-bit word, read once.
+    unsafe { AGENT_PROCESSES.get(process) }.is_some_and(|noted| *noted == cgroup())
+}
+
+/// The cgroup of the calling process, by its number; never 0.
+#[inline(always)]
+fn cgroup() -> u64 {
+    // SAFETY: the helper takes nothing.
+    unsafe { bpf_get_current_cgroup_id() }
 }
 
 /// Notes the socket for `sock_ops` and `getpeername`; false when there is no room.

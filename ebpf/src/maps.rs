@@ -11,7 +11,7 @@ const NO_PREALLOC: u32 = 1;
 #[map]
 pub(crate) static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 
-/// The agent's processes, by thread group. Written by `connect`, from whoever knows the agent's mark; trimmed by the agent.
+/// The agent's processes, by thread group, with the cgroup that they were in. Written by `connect`, from whoever knows the agent's mark; trimmed by the agent.
 #[map]
 pub(crate) static AGENT_PROCESSES: HashMap<u32, u64> = HashMap::with_max_entries(64, 0);
 
