@@ -100,11 +100,16 @@ fn an_agent_that_is_killed_leaves_its_pods_closed_and_its_successor_opens_them()
         assert!(matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe), "{error}");
     }
     closed(&mesh, &client, &server);
-    // Longer than an agent on a shared cgroup root is taken for alive.
+    // Longer than an agent whose programs see more than pods is taken for alive.
     std::thread::sleep(Duration::from_secs(4));
     closed(&mesh, &client, &server);
+    // So is a pod that starts meanwhile, whether it is in the mesh or not: nobody can tell.
+    let late = ["late-member", "late-outsider"]
+        .map(|name| mesh.place(PodSpec { name, namespace: "shop", node: 0, enrolled: name == "late-member" }));
+    late.iter().for_each(|pod| closed(&mesh, pod, &server));
     mesh.start_agent(0);
     eventually("the successor serves", || reached(&client, &server));
+    late.iter().for_each(|pod| eventually("who came meanwhile is served", || reached(pod, &server)));
     // The server's side, too: what was its agent's is not open to plaintext.
     mesh.mode("shop", "STRICT");
     let outsider = mesh.pod(PodSpec { name: "outsider", namespace: "shop", node: 0, enrolled: false });

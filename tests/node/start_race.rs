@@ -1,7 +1,10 @@
 //! Promise: over 1,000 pod starts nothing leaves in plaintext that should not, and who tries again for a second is served.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::io::{self, Read as _, Write as _};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use harness::crowd::{Attempts, Crowd, Member, Order, PAUSE, delete_objects};
@@ -134,4 +137,61 @@ fn a_thousand_pods_whose_objects_were_there_before_leak_nothing_and_are_served_w
 #[test]
 fn a_thousand_pods_whose_namespaces_were_there_first_leak_nothing_and_are_served_within_a_second() {
     race(Order::NamespaceFirst);
+}
+
+/// So many servers start, one after the other.
+const SERVERS: usize = 60;
+const INTRUDER: &str = "intruder";
+
+/// Tries to be answered in plaintext until told to stop, and says whether it ever was.
+fn intrude(target: SocketAddr, stop: &AtomicBool) -> bool {
+    let answered = || {
+        let mut stream = TcpStream::connect_timeout(&target, Duration::from_millis(100))?;
+        stream.set_read_timeout(Some(Duration::from_millis(500)))?;
+        stream.write_all(INTRUDER.as_bytes())?;
+        stream.shutdown(Shutdown::Write)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        io::Result::Ok(answer.ends_with(INTRUDER))
+    };
+    while !stop.load(Ordering::Relaxed) {
+        if answered().unwrap_or(false) {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    false
+}
+
+#[test]
+fn a_server_that_starts_under_strict_takes_no_plaintext_from_its_first_moment() {
+    let mut mesh = Mesh::start();
+    mesh.mode("strict", "STRICT");
+    let member = mesh.pod(PodSpec { name: "member", namespace: "crowd", node: 0, enrolled: true });
+    let outsider = mesh.pod(PodSpec { name: "outsider", namespace: "crowd", node: 0, enrolled: false });
+    for number in 0..SERVERS {
+        let strict = number % 3 > 0;
+        let (name, place) = (format!("server-{number}"), FIRST + (number % 4) as u16);
+        let spec =
+            PodSpec { name: &name, namespace: if strict { "strict" } else { "open" }, node: number / 2 % 2, enrolled: true };
+        let pod = mesh.place_unplugged(spec, place);
+        app::server(&pod.netns, PORT, app::echo);
+        let stop = Arc::new(AtomicBool::new(false));
+        let (target, told) = (pod.at(false, PORT), Arc::clone(&stop));
+        let intruder = outsider.netns.spawn(move || intrude(target, &told));
+        let object_first = number.is_multiple_of(2);
+        if object_first {
+            mesh.apply(&format!("pod-{name}"), &mesh::manifest(spec, place));
+        }
+        mesh.plug(&pod, spec.node, place);
+        if !object_first {
+            mesh.apply(&format!("pod-{name}"), &mesh::manifest(spec, place));
+        }
+        eventually("a member is served", || app::converse(&member.netns, target, "member").is_ok());
+        if strict {
+            stop.store(true, Ordering::Relaxed);
+        }
+        assert_eq!(intruder.join().expect("no panic"), !strict, "{name} answers in plaintext");
+        mesh.delete(&format!("pod-{name}"));
+    }
 }

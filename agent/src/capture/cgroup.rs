@@ -1,7 +1,9 @@
 //! The cgroup v2 directory below which the connect programs see every process.
 //!
 //! Enters: the operator's choice, if any, and the mount table. Leaves: an open directory. On a machine with both versions of
-//! cgroups the v2 tree is beside the others; the programs only need its directories, not its controllers.
+//! cgroups the v2 tree is beside the others; the programs only need its directories, not its controllers. Where the kubelet keeps
+//! pods below a directory of their own, that is it: what is elsewhere on the node is then none of the agent's business, and what is
+//! there may stay refused when the agent is gone.
 
 use std::fs::{self, File};
 use std::io;
@@ -13,6 +15,8 @@ const CGROUP2_MAGIC: u64 = 0x6367_7270;
 /// The first process's view of the file system: an agent in a mount namespace of its own may lack the mount.
 const INIT_ROOT: &str = "/proc/1/root";
 const INIT_MOUNTS: &str = "/proc/1/mountinfo";
+/// Where a kubelet keeps pods: with systemd's cgroups or its own, below the root or, in nodes that are containers, below the kubelet's.
+const PODS: [&str; 4] = ["kubepods.slice", "kubepods", "kubelet.slice/kubelet-kubepods.slice", "kubelet/kubepods"];
 
 /// Why there is no directory to attach to.
 #[derive(Debug, thiserror::Error)]
@@ -48,15 +52,20 @@ pub enum CgroupError {
 #[derive(Debug)]
 pub(super) struct CgroupRoot {
     pub(super) directory: File,
+    /// Only pods are below it, by the operator's word or by its name: what has not been seen is refused for ever.
+    pub(super) dedicated: bool,
     path: PathBuf,
 }
 
 impl CgroupRoot {
-    /// Opens the operator's choice, or else the root of the v2 tree.
+    /// Opens the operator's choice, or else the pods' part of the v2 tree, or else its root.
     pub(super) fn open(chosen: Option<&Path>) -> Result<Self, CgroupError> {
-        let path = match chosen {
-            Some(path) => path.to_owned(),
-            None => find().ok_or(CgroupError::NotMounted)?,
+        let (path, dedicated) = match chosen {
+            Some(path) => (path.to_owned(), true),
+            None => {
+                let root = find().ok_or(CgroupError::NotMounted)?;
+                pods_below(&root).map_or((root, false), |pods| (pods, true))
+            }
         };
         let open = |path: &Path| File::open(path).map_err(|source| CgroupError::Open { path: path.to_owned(), source });
         let (directory, path) = match open(&path) {
@@ -69,7 +78,7 @@ impl CgroupRoot {
                 }
             }
         };
-        Ok(Self { directory, path })
+        Ok(Self { directory, dedicated, path })
     }
 
     /// Where it was found.
@@ -105,6 +114,11 @@ fn find() -> Option<PathBuf> {
     own.or_else(|| mounts::read(Path::new(INIT_MOUNTS)).ok().and_then(|table| choose(&table)).map(|path| in_init(&path)))
 }
 
+/// The part of the tree that a kubelet keeps pods in.
+fn pods_below(root: &Path) -> Option<PathBuf> {
+    PODS.iter().map(|part| root.join(part)).find(|part| part.is_dir())
+}
+
 /// The mount of the whole tree if there is one, or else of the least deep part.
 fn choose(table: &[mounts::Mount]) -> Option<PathBuf> {
     let trees = table.iter().filter(|mount| mount.kind == "cgroup2");
@@ -126,6 +140,16 @@ mod tests {
         ];
         assert_eq!(choose(&table), Some(PathBuf::from("/sys/fs/cgroup/unified")));
         assert_eq!(choose(&table[..1]), None);
+    }
+
+    #[test]
+    fn the_kubelets_part_of_the_tree_is_found_in_all_its_places() {
+        for part in PODS {
+            let root = tempfile::tempdir().expect("a directory");
+            assert_eq!(pods_below(root.path()), None);
+            fs::create_dir_all(root.path().join(part)).expect("a directory");
+            assert_eq!(pods_below(root.path()), Some(root.path().join(part)));
+        }
     }
 
     #[test]

@@ -106,6 +106,8 @@ pub(super) struct Enroller {
     agents: Agents,
     agents_read: Option<Instant>,
     claimed_id: u32,
+    /// The programs refuse what was not seen for ever, by themselves.
+    dedicated: bool,
     /// How many namespaces are being opened.
     opening: usize,
     /// Processes that were refused since the last look, by the cookie of their namespace.
@@ -169,6 +171,7 @@ impl Enroller {
             agents: Agents::default(),
             agents_read: None,
             claimed_id: loaded.claimed_id,
+            dedicated: loaded.dedicated,
             opening: 0,
             reported: HashMap::new(),
             unresolved: HashMap::new(),
@@ -336,11 +339,22 @@ impl Enroller {
         self.seen += 1;
         let mut tracked = Tracked::new(netns, name, phase, self.seen);
         tracked.fresh = self.caught_up && former.is_none();
+        if self.caught_up && tracked.is_pending() {
+            // Nobody gets in either, from before it has an address: a server may listen long before it is enrolled.
+            self.guard(&tracked.netns);
+        }
         tracked.watcher = Some(tracked::watch_addresses(cookie, watch, self.messages.clone()));
         self.cookies.insert(inode, cookie);
         self.tracked.insert(cookie, tracked);
         self.set_addresses(cookie, addresses);
         self.reconcile(cookie).await;
+    }
+
+    /// Lets nothing into a namespace but what its tables say, which say nothing yet.
+    fn guard(&self, netns: &Netns) {
+        if let Err(error) = self.lookup.attach(netns) {
+            tracing::error!(%error, cookie = netns.cookie(), "cannot close a network namespace to plaintext until it is classified");
+        }
     }
 
     /// Tells the programs what a namespace is.
@@ -373,7 +387,7 @@ impl Enroller {
         for address in self.maps.admitted_addresses().into_iter().filter(|address| !self.holders.contains_key(address)) {
             self.maps.forget_admissions(address);
         }
-        if self.config.cgroup_root.is_none() {
+        if !self.dedicated {
             self.tasks.spawn(keep_refusing(self.maps.clone()));
         }
     }

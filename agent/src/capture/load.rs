@@ -61,6 +61,8 @@ pub(super) struct Loaded {
     pub(super) own: Netns,
     /// The number of the map in which it is told of other agents' pods.
     pub(super) claimed_id: u32,
+    /// Whether unseen namespaces are refused for ever, without the agent's doing.
+    pub(super) dedicated: bool,
 }
 
 /// The `sk_lookup` program, to be attached to each pod.
@@ -84,7 +86,7 @@ pub(super) fn load(config: &LoadConfig) -> Result<Loaded, CaptureError> {
     let events = take_events(&mut ebpf)?;
     let claimed_id = MapInfo::from_pin(pins.join(others::CLAIMED)).map(|map| map.id());
     let claimed_id = claimed_id.map_err(|source| CaptureError::Map { map: others::CLAIMED, source })?;
-    initialise(&maps, &own, config.cgroup_root.is_some())?;
+    initialise(&maps, &own, cgroup.dedicated)?;
     for name in CGROUP_PROGRAMS {
         attach(&mut ebpf, name, &cgroup, &pins)?;
     }
@@ -93,7 +95,7 @@ pub(super) fn load(config: &LoadConfig) -> Result<Loaded, CaptureError> {
     // Only now: the logger takes a map that the programs name until they are loaded.
     let program_log = program_log(&mut ebpf);
     let lookup = LookupProgram { ebpf: Arc::new(Mutex::new(ebpf)), pins: pins.join(PODS) };
-    Ok(Loaded { maps, lookup, events, program_log, own, claimed_id })
+    Ok(Loaded { maps, lookup, events, program_log, own, claimed_id, dedicated: cgroup.dedicated })
 }
 
 fn program_log(ebpf: &mut Ebpf) -> BoxFuture<'static, ()> {

@@ -128,9 +128,29 @@ impl Mesh {
     /// # Panics
     /// When it cannot be made.
     #[must_use]
-    pub fn place_only(&self, PodSpec { name, node, .. }: PodSpec<'_>, number: u16) -> Pod {
+    pub fn place_only(&self, spec: PodSpec<'_>, number: u16) -> Pod {
+        let pod = self.place_unplugged(spec, number);
+        self.plug(&pod, spec.node, number);
+        pod
+    }
+
+    /// Makes a pod's namespace, without a network yet, and puts it into its node's directory, as a runtime does first.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    #[must_use]
+    pub fn place_unplugged(&self, PodSpec { name, node, .. }: PodSpec<'_>, number: u16) -> Pod {
         let (v4, v6) = addresses(number);
         let netns = Namespace::new(&format!("{}-p{number}", self.id));
+        let mount = self.netns_dir(node).join(name);
+        File::create(&mount).expect("a file to mount on");
+        let mounted = Command::new("mount").arg("--bind").arg(netns.path()).arg(&mount).status().expect("mount is there");
+        assert!(mounted.success());
+        Pod { netns, v4: v4.into(), v6: v6.into(), mount }
+    }
+
+    /// Gives a pod its network: a veth to its node's bridge, and the addresses of this number.
+    pub fn plug(&self, Pod { netns, v4, v6, .. }: &Pod, node: usize, number: u16) {
         let (address, far) = (link_address(number), self.nodes[node].name());
         netns.ip(&format!("link add eth0 address {address} type veth peer name v{number} netns {far}"));
         self.nodes[node].ip(&format!("link set v{number} master br0"));
@@ -138,11 +158,6 @@ impl Mesh {
         netns.ip("link set eth0 up");
         netns.ip(&format!("addr add {v4}/16 dev eth0"));
         netns.ip(&format!("addr add {v6}/64 dev eth0 nodad"));
-        let mount = self.netns_dir(node).join(name);
-        File::create(&mount).expect("a file to mount on");
-        let mounted = Command::new("mount").arg("--bind").arg(netns.path()).arg(&mount).status().expect("mount is there");
-        assert!(mounted.success());
-        Pod { netns, v4: v4.into(), v6: v6.into(), mount }
     }
 
     /// Takes a pod's namespace out of its node's directory, as a runtime does at the pod's end.

@@ -88,6 +88,11 @@ impl Tracked {
         }
     }
 
+    /// Nothing leaves it.
+    pub(super) fn is_pending(&self) -> bool {
+        self.phase == Phase::Pending
+    }
+
     fn backoff(&mut self) -> Duration {
         let delay = self.retry;
         self.retry = (delay * 2).min(LAST_RETRY);
