@@ -34,6 +34,9 @@ pub async fn connect(
 
 fn bind_as(socket: &Socket, source: SocketAddr, mark: u32) -> io::Result<()> {
     socket.set_mark(mark)?;
+    // Said so, the kernel takes the port of a connection in TIME_WAIT again within the pod (`tcp_tw_reuse` 2, the default): a client that
+    // closes first would run out of them after 28,000 connections a minute.
+    socket.bind_device(Some(b"lo"))?;
     if source.is_ipv4() {
         socket.set_ip_transparent_v4(true)?;
     } else {
