@@ -64,6 +64,8 @@ pub struct Attempts {
 #[derive(Debug)]
 pub struct Crowd {
     mounts: Vec<PathBuf>,
+    /// For each member, its node's namespace and the link there.
+    links: Vec<(String, String)>,
     /// For each member, what its clients met at each target.
     pub attempts: Vec<Vec<Attempts>>,
 }
@@ -89,7 +91,9 @@ impl Crowd {
             let all: Vec<_> = members.iter().map(|member| scope.spawn(|| start_member(mesh, member, targets, order))).collect();
             all.into_iter().map(|one| one.join().expect("a pod that starts")).collect()
         });
-        Self { mounts: members.iter().map(|member| mesh.netns_dir(member.node).join(&member.name)).collect(), attempts }
+        let mounts = members.iter().map(|member| mesh.netns_dir(member.node).join(&member.name)).collect();
+        let link = |member: &Member| (mesh.node(member.node).name().to_owned(), link_name(member.number));
+        Self { mounts, links: members.iter().map(link).collect(), attempts }
     }
 }
 
@@ -98,6 +102,10 @@ impl Drop for Crowd {
         for mount in &self.mounts {
             let _gone_already = umount2(mount, MntFlags::MNT_DETACH);
             let _gone_already = fs::remove_file(mount);
+        }
+        // The kernel takes its time with what is left in a namespace; the next wave's links have the same names.
+        for (node, link) in &self.links {
+            let _gone_already = Command::new("ip").args(["-n", node, "link", "del", link]).output();
         }
     }
 }
@@ -130,8 +138,10 @@ fn start_member(mesh: &Mesh, member: &Member, targets: &[SocketAddr], order: Ord
         File::create(&file).expect("a file to mount on");
         let bind = mount(Some("/proc/thread-self/ns/net"), &file, None::<&str>, MsFlags::MS_BIND, None::<&str>);
         bind.expect("root may mount");
-        connect_to_node(mesh, member);
+        let plugged = connect_to_node(mesh, member);
+        // Clients of a member that has no network give up, too.
         connected.set(Instant::now()).expect("set once");
+        plugged.expect("root may make a network");
         if order == Order::NamespaceFirst {
             mesh.apply(&format!("pod-{}", member.name), &mesh::manifest(member.spec(), member.number));
         }
@@ -140,24 +150,29 @@ fn start_member(mesh: &Mesh, member: &Member, targets: &[SocketAddr], order: Ord
 }
 
 /// Gives the calling thread's namespace its network: a veth to the node's bridge, and addresses.
-fn connect_to_node(mesh: &Mesh, member: &Member) {
-    let (node, number) = (mesh.node(member.node).name(), member.number);
+fn connect_to_node(mesh: &Mesh, member: &Member) -> Result<(), String> {
+    let (node, number, link) = (mesh.node(member.node).name(), member.number, link_name(member.number));
     let (v4, v6) = mesh::addresses(number);
     // The far end first: on a cluster an application starts when the whole network is there.
     let address = mesh::link_address(number);
-    batch(&[], &format!("link set lo up\nlink add eth0 address {address} type veth peer name v{number} netns {node}\n"));
-    batch(&["-n", node], &format!("link set v{number} master br0\nlink set v{number} up\n"));
-    batch(&[], &format!("link set eth0 up\naddr add {v6}/64 dev eth0 nodad\naddr add {v4}/16 dev eth0\n"));
+    batch(&[], &format!("link set lo up\nlink add eth0 address {address} type veth peer name {link} netns {node}\n"))?;
+    batch(&["-n", node], &format!("link set {link} master br0\nlink set {link} up\n"))?;
+    batch(&[], &format!("link set eth0 up\naddr add {v6}/64 dev eth0 nodad\naddr add {v4}/16 dev eth0\n"))
+}
+
+/// The node's end of a member's network.
+fn link_name(number: u16) -> String {
+    format!("v{number}")
 }
 
 /// Has one `ip` do all of these lines.
-fn batch(options: &[&str], lines: &str) {
+fn batch(options: &[&str], lines: &str) -> Result<(), String> {
     let mut ip =
         Command::new("ip").args(options).args(["-batch", "-"]).stdin(Stdio::piped()).spawn().expect("iproute2 is installed");
     let mut input = ip.stdin.take().expect("a pipe was asked for");
     input.write_all(lines.as_bytes()).expect("ip reads");
     drop(input);
-    assert!(ip.wait().expect("a child of ours").success(), "ip {options:?}: {lines}");
+    if ip.wait().expect("a child of ours").success() { Ok(()) } else { Err(format!("ip {options:?}: {lines}")) }
 }
 
 fn try_until_reached(target: SocketAddr, marker: &str, connected: &OnceLock<Instant>) -> Attempts {

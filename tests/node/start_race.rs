@@ -5,7 +5,7 @@ use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use harness::crowd::{Attempts, Crowd, Member, Order, PAUSE, delete_objects};
 use harness::{Capture, Mesh, Pod, PodSpec, app, eventually, mesh};
@@ -194,4 +194,37 @@ fn a_server_that_starts_under_strict_takes_no_plaintext_from_its_first_moment() 
         assert_eq!(intruder.join().expect("no panic"), !strict, "{name} answers in plaintext");
         mesh.delete(&format!("pod-{name}"));
     }
+}
+
+#[test]
+fn a_pod_whose_address_is_told_late_leaks_nothing() {
+    let mut mesh = Mesh::start();
+    let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
+    app::server(&server.netns, PORT, app::echo);
+    let [late, stranger] =
+        [("late", true), ("stranger", false)].map(|(name, enrolled)| PodSpec { name, namespace: "shop", node: 0, enrolled });
+    let object = mesh::manifest(late, FIRST);
+    let (without_status, _) = object.split_once("status:").expect("a pod has a status");
+    mesh.apply("pod-late", without_status);
+    eventually("its node knows of it", || mesh.admin(0, "/workloads").contains("\"late\""));
+    let mut capture = mesh.capture_between_nodes();
+    let late = mesh.place_only(late, FIRST);
+    // A kubelet takes a second or two to tell a pod's address.
+    let told = Instant::now() + Duration::from_millis(1500);
+    while Instant::now() < told {
+        let refused = app::converse(&late.netns, server.at(false, PORT), "marker-late").expect_err("it may be the pod");
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    }
+    mesh.apply("pod-late", &object);
+    eventually("it is served", || app::converse(&late.netns, server.at(false, PORT), "marker-late").is_ok());
+    capture.finish();
+    assert!(!capture.shows(b"marker-late"));
+    // Nobody is awaited any more: who has no object at all waits no longer than before.
+    let mut capture = mesh.capture_between_nodes();
+    let begun = Instant::now();
+    let stranger = mesh.place_only(stranger, FIRST + 1);
+    eventually("a stranger is served", || app::converse(&stranger.netns, server.at(false, PORT), "marker-stranger").is_ok());
+    assert!(begun.elapsed() < 5 * PATIENCE, "after {:?}", begun.elapsed());
+    capture.finish();
+    assert!(capture.shows(b"marker-stranger"));
 }

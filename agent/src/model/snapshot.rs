@@ -152,6 +152,12 @@ impl Snapshot {
         self.local.values()
     }
 
+    /// Whether a pod of this node's that belongs to the mesh has no address yet: the next new namespace may be its.
+    #[must_use]
+    pub fn awaits_address(&self) -> bool {
+        self.local.values().any(|workload| workload.enrolled() && workload.addresses.is_empty())
+    }
+
     /// All workloads, in no order.
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
         self.workloads.values()
@@ -342,7 +348,7 @@ impl Snapshot {
     fn gather_endpoints(&self, service: &Service, key: &str) -> Endpoints {
         let mut endpoints = Endpoints::default();
         for uid in self.members.get(key).into_iter().flatten() {
-            let Some(workload) = self.workloads.get(uid) else { continue };
+            let Some(workload) = self.workloads.get(uid).filter(|workload| !workload.addresses.is_empty()) else { continue };
             endpoints.total += 1;
             endpoints.any_enrolled |= workload.enrolled();
             if (workload.healthy || service.unready_too) && (!service.node_local || workload.node == self.node) {

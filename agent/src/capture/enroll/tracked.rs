@@ -24,7 +24,14 @@ use crate::model::Workload;
 
 /// For how long a new namespace stays closed although the controller knows nobody at its address: the pod's object may come after its
 /// namespace. Short enough for an application outside of the mesh that tries again for a second.
-pub(super) const UNKNOWN: Duration = Duration::from_millis(300);
+pub(super) const UNKNOWN: Duration = Duration::from_millis(800);
+
+/// The same, while a pod of this node's is known that has no address yet: its namespace may be the one at hand, and a kubelet tells an
+/// address a second or more after the network has it.
+const AWAITED: Duration = Duration::from_secs(10);
+
+/// How often it is looked whether that still holds.
+const AGAIN: Duration = Duration::from_millis(300);
 
 /// A namespace of the node's directory.
 pub(super) struct Tracked {
@@ -237,12 +244,13 @@ impl Enroller {
         self.take_pending_snapshot().await;
         let known = self.snapshot.workload_at(address).is_some();
         let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
-        let patience = UNKNOWN.saturating_sub(tracked.settled.elapsed());
+        let patience = if self.snapshot.awaits_address() { AWAITED } else { UNKNOWN };
+        let patience = patience.saturating_sub(tracked.settled.elapsed());
         if answered && !known && tracked.fresh && !patience.is_zero() {
             // The snapshot has the object as soon as there is one: the question stays open meanwhile.
             let messages = self.messages.clone();
             self.tasks.spawn(async move {
-                tokio::time::sleep(patience).await;
+                tokio::time::sleep(patience.min(AGAIN)).await;
                 let _owner_is_gone = messages.send(Message::Answered { cookie, address, answered }).await;
             });
             return;

@@ -10,14 +10,18 @@ use crate::proto::culvert::Mesh;
 use crate::proto::workload::{NetworkMode, Port, TunnelProtocol, Workload, WorkloadStatus};
 
 impl Index {
-    /// The workload of a pod; none when there is no such pod, it has no address yet or no more, or an older pod has its address.
+    /// The workload of a pod; none when there is no such pod, it has no address any more, or an older pod has its address. One that
+    /// has no address yet is told of if it will be in the mesh, so that its node knows whom to expect.
     pub(super) fn workload(&self, name: &ObjectName) -> Option<Resource> {
         let pod = self.pods.get(name)?;
-        if !pod.live || pod.addresses.is_empty() || pod.claimed().iter().any(|address| self.owner(*address) != Some(name)) {
+        if !pod.live || pod.claimed().iter().any(|address| self.owner(*address) != Some(name)) {
+            return None;
+        }
+        let enrolled = self.enrolled(name, pod);
+        if pod.addresses.is_empty() && (!enrolled || pod.node.is_empty() || pod.host_network) {
             return None;
         }
         let (services, ready) = self.services_of(name, pod);
-        let enrolled = self.enrolled(name, pod);
         let or_empty = |text: &str, default: &str| if text == default { String::new() } else { text.to_owned() };
         let canonical = ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"];
         let revision = ["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"];

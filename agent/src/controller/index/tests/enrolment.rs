@@ -68,3 +68,17 @@ fn an_identity_resides_where_an_enrolled_pod_has_it_and_until_the_last_is_gone()
     world.apply(&pod_with("web-3", "10.1.0.4", "", account, ""));
     assert!(!world.update.residents.contains("node-a", &identity));
 }
+
+#[test]
+fn a_pod_without_an_address_is_told_of_only_if_it_will_be_in_the_mesh() {
+    let awaited = |labels: &str, node: &str| {
+        let manifest = format!(
+            "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: web, namespace: shop, labels: {{{labels}}}}}\nspec: {{{node}containers: []}}\n"
+        );
+        World::new(&manifest).resources.keys().any(|(_, name)| name.ends_with("/shop/web"))
+    };
+    assert!(awaited("culvert.dev/mesh: enabled", "nodeName: node-a, "));
+    assert!(!awaited("", "nodeName: node-a, "), "outside of the mesh");
+    assert!(!awaited("culvert.dev/mesh: enabled", ""), "on no node yet");
+    assert!(!awaited("culvert.dev/mesh: enabled", "nodeName: node-a, hostNetwork: true, "), "on its node's network");
+}
