@@ -4,7 +4,8 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use harness::attacker::{self, Credentials, Tls};
+use harness::attacker::{self, Tls};
+use harness::forge::Credentials;
 use harness::http2::{self, kind};
 use rand::Rng as _;
 use rand::rngs::StdRng;
