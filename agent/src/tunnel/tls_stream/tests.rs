@@ -236,6 +236,30 @@ async fn a_refused_certificate_is_told_to_the_other_side() {
 }
 
 #[tokio::test]
+async fn nonsense_for_a_handshake_is_refused_wherever_it_ends() {
+    // The first eight bytes of a hello of 256, which no record here completes.
+    let begun: &[u8] = &[22, 3, 1, 0, 8, 1, 0, 1, 0, 3, 3, 0, 0];
+    // A hello of two bytes and one of none, in one record.
+    let twice: &[u8] = &[22, 3, 1, 0, 10, 1, 0, 0, 2, 3, 3, 1, 0, 0, 0];
+    for (before, after) in [
+        (begun, &[23, 3, 3, 0, 1, 0][..]),
+        (begun, &[21, 3, 3, 0, 2, 2, 40]),
+        (begun, &[99, 3, 3, 0, 1, 0]),
+        (begun, &[22, 3, 1, 0, 0]),
+        (twice, &[]),
+        (twice, begun),
+        (&[], &[99, 3, 3, 0, 1, 0]),
+    ] {
+        let (mut near, far) = pair().await;
+        let nonsense = [before, after].concat();
+        near.write_all(&nonsense).await.expect("open");
+        near.shutdown().await.expect("open");
+        let refused = handshake::accept(far, configs().1).await.err().expect("refused");
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidData, "{nonsense:?}: {refused}");
+    }
+}
+
+#[tokio::test]
 async fn records_are_made_from_what_a_source_reads() {
     let (mut client, mut server) = ours().await;
     let payload: Vec<u8> = (0..500_000_u32).map(|place| place as u8).collect();
