@@ -191,6 +191,7 @@ pub enum CaptureError {
 /// The loaded programs, before pods are enrolled.
 pub struct Capture {
     config: LoadConfig,
+    directory: enroll::NetnsDir,
     loaded: load::Loaded,
 }
 
@@ -201,7 +202,10 @@ impl Capture {
     /// # Errors
     /// The first step that failed, with the way out where there is one.
     pub fn load(config: &LoadConfig) -> Result<Self, CaptureError> {
-        Ok(Self { config: config.clone(), loaded: load::load(config)? })
+        // First of all: where pods cannot be found, nothing may be attached that would keep them waiting.
+        let failed = |source| CaptureError::Watch { path: config.netns_dir.clone(), source };
+        let directory = enroll::NetnsDir::watch(&config.netns_dir).map_err(failed)?;
+        Ok(Self { config: config.clone(), directory, loaded: load::load(config)? })
     }
 
     /// The maps that the programs decide from.
@@ -213,7 +217,7 @@ impl Capture {
     /// Enrols and releases pods until `shutdown`, or until nobody receives `pods`. Everything stays in force in the kernel then.
     ///
     /// # Errors
-    /// When the namespace directory or the mount table cannot be watched.
+    /// When the mount table cannot be watched.
     pub async fn run(
         self,
         snapshots: watch::Receiver<Arc<Snapshot>>,
@@ -221,7 +225,7 @@ impl Capture {
         pods: mpsc::Sender<PodEvent>,
         shutdown: CancellationToken,
     ) -> Result<(), CaptureError> {
-        let enroller = enroll::Enroller::new(self.config, self.loaded, snapshots, ask, pods)?;
+        let enroller = enroll::Enroller::new(self.config, self.directory, self.loaded, snapshots, ask, pods);
         enroller.run(shutdown).await
     }
 }

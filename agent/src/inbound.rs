@@ -57,9 +57,17 @@ pub struct Inbound {
     observer: Observer,
     drain: Drain,
     form: TunnelForm,
-    /// By identity; each is for one certificate and one bundle of roots.
-    server_configs: Mutex<HashMap<SpiffeId, (u64, Arc<str>, Arc<ServerConfig>)>>,
+    server_configs: Mutex<HashMap<SpiffeId, KeptConfig>>,
     strangers: Arc<Antechamber>,
+}
+
+/// The TLS set-up for one certificate and one bundle of roots.
+struct KeptConfig {
+    /// The certificate's.
+    generation: u64,
+    /// The fingerprint of the bundle.
+    roots: Arc<str>,
+    config: Arc<ServerConfig>,
 }
 
 /// What a connection is refused for.
@@ -200,13 +208,14 @@ impl Inbound {
         let trust_domain = trust_domain.ok_or_else(|| no_identity(&"the mesh's trust domain is not known yet"))?;
         let bundle = Arc::clone(&self.svids.bundle().borrow());
         let mut configs = self.server_configs.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((generation, roots, config)) = configs.get(&workload.identity)
-            && (*generation, roots) == (svid.generation, &bundle.fingerprint)
+        if let Some(kept) = configs.get(&workload.identity)
+            && (kept.generation, &kept.roots) == (svid.generation, &bundle.fingerprint)
         {
-            return Ok(Arc::clone(config));
+            return Ok(Arc::clone(&kept.config));
         }
         let config = tls::server_config(&svid, &bundle, &trust_domain, self.form.alpn())?;
-        configs.insert(workload.identity.clone(), (svid.generation, Arc::clone(&bundle.fingerprint), Arc::clone(&config)));
+        let (generation, roots) = (svid.generation, Arc::clone(&bundle.fingerprint));
+        configs.insert(workload.identity.clone(), KeptConfig { generation, roots, config: Arc::clone(&config) });
         Ok(config)
     }
 

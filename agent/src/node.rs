@@ -15,7 +15,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::capture::{Ask, Capture, CaptureError, ListenerKind, LoadConfig, LocalPod, PodEvent};
+use crate::capture::{Ask, Capture, ListenerKind, LoadConfig, LocalPod, PodEvent};
 use crate::config::AgentConfig;
 use crate::discovery::{Discovery, DiscoveryConfig, DiscoveryHandle};
 use crate::drain::{Drain, StopSignals};
@@ -70,7 +70,7 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     let inbound = Inbound::new(discovery.snapshots(), svids.clone(), observer.clone(), drain.clone(), config.tunnel_form);
     let (pod_events, events) = mpsc::channel(256);
     let stop = CancellationToken::new();
-    let mut capturing = tokio::spawn(capture.run(discovery.snapshots(), ask(discovery.clone()), pod_events, stop.clone()));
+    let capturing = tokio::spawn(capture.run(discovery.snapshots(), ask(discovery.clone()), pod_events, stop.clone()));
     let mut snapshots = discovery.snapshots();
     tokio::spawn(async move {
         if snapshots.wait_for(|snapshot| snapshot.synced()).await.is_ok() {
@@ -79,10 +79,13 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     });
     info!(node = %config.node, controller = %config.controller, "agent started");
     let pods = Pods { outbound, inbound, svids, observer, permits, local: local_pods };
-    let ended: Result<(), CaptureError> = tokio::select! {
-        () = pods.serve(events) => Ok(()),
+    let ended = tokio::select! {
+        ended = async {
+            // There are events for as long as there is capture; only its own end tells why.
+            pods.serve(events).await;
+            capturing.await.context("the capture task panicked")
+        } => ended?,
         () = drain.started() => Ok(()),
-        ended = &mut capturing => ended.context("the capture task panicked")?,
     };
     stop.cancel();
     drain.finish(config.drain_timeout).await;

@@ -272,4 +272,4 @@ where
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,7 +1,7 @@
 //! Culvert's eBPF programs: which connections the agent carries, and which reach a pod.
 //!
 //! Entry points only, one for each hook. What a hook decides is in the module of its name; every decision is an
-//! [`Outcome`](culvert_ebpf_common::Outcome), counted and turned into the kernel's return code in [`outcome`].
+//! [`Outcome`](culvert_ebpf_common::Outcome), counted and turned into the kernel's return code in `outcome.rs`.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![cfg_attr(
     target_arch = "bpf",

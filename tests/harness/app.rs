@@ -9,7 +9,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use crate::Namespace;
+use crate::{Mesh, Namespace, Pod, PodSpec, eventually};
 
 /// How long an application waits for bytes.
 const PATIENCE: Duration = Duration::from_secs(8);
@@ -23,6 +23,19 @@ pub struct Seen {
     pub peer: SocketAddr,
     /// The client's address, as the server saw it. Never IPv4-mapped.
     pub client: SocketAddr,
+}
+
+/// A client and a server in the mesh, on two nodes; the server [`echo`]es on `port`, where the client has reached it.
+///
+/// # Panics
+/// When the client does not reach it.
+pub fn pair(mesh: &mut Mesh, port: u16) -> (Pod, Pod) {
+    let in_shop = |name, node| PodSpec { name, namespace: "shop", node, enrolled: true };
+    let server = mesh.pod(in_shop("server", 1));
+    self::server(&server.netns, port, echo);
+    let client = mesh.pod(in_shop("client", 0));
+    eventually("the server is reached", || converse(&client.netns, server.at(false, port), "warm").is_ok());
+    (client, server)
 }
 
 /// Listens in the pod, on both families, before it returns; `serve` gets each connection on a thread of its own.
@@ -114,6 +127,35 @@ pub fn converse_over(mut stream: TcpStream, marker: &str) -> io::Result<Seen> {
     }
     let client = client.parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
     Ok(Seen { local, peer, client })
+}
+
+/// Connects to an [`echo`] server and reads its line.
+///
+/// # Panics
+/// When the server is not reached, or does not speak.
+#[must_use]
+pub fn open(pod: &Namespace, to: SocketAddr) -> TcpStream {
+    let mut stream = connect(pod, to).expect("a connection");
+    let mut byte = [0];
+    while byte != [b'\n'] {
+        stream.read_exact(&mut byte).expect("the first line");
+    }
+    stream
+}
+
+/// Says four bytes to an [`echo`] server on a connection that is [`open`], and reads them back.
+///
+/// # Errors
+/// As the application sees it.
+///
+/// # Panics
+/// When other bytes come back.
+pub fn ping(mut stream: &TcpStream) -> io::Result<()> {
+    let mut answer = [0; 4];
+    stream.write_all(b"ping")?;
+    stream.read_exact(&mut answer)?;
+    assert_eq!(&answer, b"ping");
+    Ok(())
 }
 
 /// Ends a connection by a reset.

@@ -3,48 +3,19 @@
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
 use std::time::Duration;
 
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
-use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme, StreamOwned};
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName};
+use rustls::{ClientConnection, StreamOwned};
 
+use crate::forge::Credentials;
 use crate::http2;
 use crate::mesh::{Mesh, NODES};
+use crate::peer::client_config;
 
 /// A TLS connection of the attacker's.
 pub type Tls = StreamOwned<ClientConnection, TcpStream>;
-
-/// A certificate chain and its key.
-#[derive(Debug)]
-pub struct Credentials {
-    chain: Vec<CertificateDer<'static>>,
-    key: PrivateKeyDer<'static>,
-}
-
-impl Credentials {
-    /// A chain of nobody's: one certificate, signed by its own key, that claims `identity`.
-    ///
-    /// # Panics
-    /// Never.
-    #[must_use]
-    pub fn self_signed(identity: &str) -> Self {
-        let key = rcgen::KeyPair::generate().expect("a key");
-        let mut params = rcgen::CertificateParams::default();
-        params.subject_alt_names = vec![rcgen::SanType::URI(identity.try_into().expect("an ASCII text"))];
-        let certificate = params.self_signed(&key).expect("a certificate");
-        Self { chain: vec![certificate.der().clone()], key: PrivatePkcs8KeyDer::from(key.serialize_der()).into() }
-    }
-}
-
-impl Clone for Credentials {
-    fn clone(&self) -> Self {
-        Self { chain: self.chain.clone(), key: self.key.clone_key() }
-    }
-}
 
 impl Mesh {
     /// The token of a node.
@@ -102,7 +73,8 @@ pub fn certificate_request(request: &str, identity: &str) -> Vec<u8> {
 /// The connection's, or the server's refusal.
 pub fn connect(to: SocketAddr, credentials: Option<&Credentials>, alpn: &[&[u8]]) -> io::Result<Tls> {
     let mut socket = dial(to)?;
-    let mut tls = ClientConnection::new(config(credentials, alpn), ServerName::from(to.ip())).map_err(io::Error::other)?;
+    let mut tls =
+        ClientConnection::new(client_config(credentials.cloned(), alpn), ServerName::from(to.ip())).map_err(io::Error::other)?;
     while tls.is_handshaking() {
         tls.complete_io(&mut socket)?;
     }
@@ -128,64 +100,10 @@ pub fn dial(to: SocketAddr) -> io::Result<TcpStream> {
 #[must_use]
 pub fn client_hello(alpn: &[&[u8]]) -> Vec<u8> {
     let name = ServerName::from(std::net::IpAddr::from([10, 77, 0, 1]));
-    let mut tls = ClientConnection::new(config(None, alpn), name).expect("a configuration");
+    let mut tls = ClientConnection::new(client_config(None, alpn), name).expect("a configuration");
     let mut hello = Vec::new();
     while tls.wants_write() {
         tls.write_tls(&mut hello).expect("memory takes all");
     }
     hello
-}
-
-fn config(credentials: Option<&Credentials>, alpn: &[&[u8]]) -> Arc<ClientConfig> {
-    let provider = Arc::new(aws_lc_rs::default_provider());
-    let algorithms = provider.signature_verification_algorithms;
-    let builder = ClientConfig::builder_with_provider(Arc::<CryptoProvider>::clone(&provider))
-        .with_safe_default_protocol_versions()
-        .expect("the provider has them")
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(AnyServer(algorithms)));
-    let mut config = match credentials.cloned() {
-        Some(Credentials { chain, key }) => builder.with_client_auth_cert(chain, key).expect("the key fits"),
-        None => builder.with_no_client_auth(),
-    };
-    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
-    Arc::new(config)
-}
-
-#[derive(Debug)]
-struct AnyServer(WebPkiSupportedAlgorithms);
-
-impl ServerCertVerifier for AnyServer {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signature, &self.0)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &self.0)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.supported_schemes()
-    }
 }

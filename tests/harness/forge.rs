@@ -118,6 +118,21 @@ impl std::fmt::Debug for Forge {
     }
 }
 
+impl Credentials {
+    /// A chain of nobody's: one certificate, signed by its own key, that claims `identity`.
+    ///
+    /// # Panics
+    /// When this is no URI.
+    #[must_use]
+    pub fn self_signed(identity: &str) -> Self {
+        let key = KeyPair::generate().expect("a key");
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = Wanted::workload(identity).names;
+        let certificate = params.self_signed(&key).expect("a certificate");
+        Self { chain: vec![certificate.der().clone()], key: PrivatePkcs8KeyDer::from(key.serialize_der()).into() }
+    }
+}
+
 impl Clone for Credentials {
     fn clone(&self) -> Self {
         Self { chain: self.chain.clone(), key: self.key.clone_key() }

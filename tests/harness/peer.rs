@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use h2::client::SendRequest;
 use h2::{RecvStream, SendStream, client, server};
 use http::{Method, Request, Response};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -13,6 +14,7 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::Namespace;
@@ -106,9 +108,7 @@ async fn dial_here(
     authority: SocketAddr,
     words: &'static str,
 ) -> Result<String, Refused> {
-    let tls = TlsConnector::from(client_config(credentials)).connect(ServerName::from(to.ip()), TcpStream::connect(to).await?);
-    let (requests, connection) = client::handshake(tls.await?).await?;
-    let driven = tokio::spawn(connection);
+    let (requests, driven) = handshake(to, credentials).await?;
     let request = Request::builder().method(Method::CONNECT).uri(authority.to_string()).body(())?;
     let exchange = async {
         let (response, mut sink) = requests.ready().await?.send_request(request, false)?;
@@ -131,9 +131,7 @@ async fn dial_here(
 }
 
 async fn call_here(to: SocketAddr, path: &str, token: Option<String>) -> Result<String, Refused> {
-    let tls = TlsConnector::from(client_config(None)).connect(ServerName::from(to.ip()), TcpStream::connect(to).await?);
-    let (requests, connection) = client::handshake(tls.await?).await?;
-    let _driven = tokio::spawn(connection);
+    let (requests, _driven) = handshake(to, None).await?;
     let mut request = Request::builder().method(Method::POST).uri(format!("https://{to}{path}"));
     request = request.header("content-type", "application/grpc").header("te", "trailers");
     if let Some(token) = token {
@@ -151,6 +149,17 @@ async fn call_here(to: SocketAddr, path: &str, token: Option<String>) -> Result<
     while body.data().await.transpose()?.is_some() {}
     let trailers = body.trailers().await?.and_then(|trailers| status(&trailers));
     trailers.ok_or_else(|| Refused::Connection("no status".to_owned()))
+}
+
+/// Connects, and speaks HTTP/2 over TLS there. The connection is driven on a task, which gives how it ended.
+async fn handshake(
+    to: SocketAddr,
+    credentials: Option<Credentials>,
+) -> Result<(SendRequest<Bytes>, JoinHandle<Result<(), h2::Error>>), Refused> {
+    let tls = TlsConnector::from(client_config(credentials, &[b"h2"]));
+    let stream = tls.connect(ServerName::from(to.ip()), TcpStream::connect(to).await?).await?;
+    let (requests, connection) = client::handshake(stream).await?;
+    Ok((requests, tokio::spawn(connection)))
 }
 
 async fn serve(stream: TcpStream, config: Arc<ServerConfig>) -> Result<(), Refused> {
@@ -178,7 +187,8 @@ async fn drain(mut body: RecvStream) -> Result<Vec<u8>, h2::Error> {
     Ok(all)
 }
 
-fn client_config(credentials: Option<Credentials>) -> Arc<ClientConfig> {
+/// TLS that shows these credentials, or none, to whatever server there is.
+pub(crate) fn client_config(credentials: Option<Credentials>, alpn: &[&[u8]]) -> Arc<ClientConfig> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider)).with_protocol_versions(&[&rustls::version::TLS13]);
     let builder = builder.expect("TLS 1.3 is there").dangerous().with_custom_certificate_verifier(Arc::new(Anybody(provider)));
@@ -186,7 +196,7 @@ fn client_config(credentials: Option<Credentials>) -> Arc<ClientConfig> {
         Some(Credentials { chain, key }) => builder.with_client_auth_cert(chain, key).expect("a certificate and its key"),
         None => builder.with_no_client_auth(),
     };
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     Arc::new(config)
 }
 

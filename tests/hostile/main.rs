@@ -18,12 +18,15 @@ use rand::rngs::StdRng;
 
 const PORT: u16 = 8080;
 const WHO: [&str; 3] = ["controller", "agent-a", "agent-b"];
-/// What a process may have grown by when an attack is over, in KiB: what its allocator keeps for the next.
-const GROWTH_KIB: u64 = 64 * 1024;
+/// What a process may have grown by when an attack is over, in KiB: what its allocator keeps for the next. On a machine with other
+/// work to do that has been 80 MiB, after six seconds of an attack as after twenty.
+const GROWTH_KIB: u64 = 128 * 1024;
 /// What a process may hold more at the height of an attack than before it, in KiB.
 const PEAK_KIB: u64 = 256 * 1024;
 /// Descriptors that may come and go on their own: connections that are kept warm.
 const DESCRIPTORS: usize = 24;
+/// Tunnels that agents keep for a while from one workload of the mesh to another, for its next connections.
+const WARM_TUNNELS: usize = 256;
 /// The longest that a deadline of the controller's or an agent's lets a silent peer stay, with room to spare.
 const DEADLINES: Duration = Duration::from_secs(45);
 
@@ -34,6 +37,8 @@ struct Scene {
     friend: Pod,
     outsider: Pod,
     random: StdRng,
+    /// Descriptors that the attacker may leave for a while, by what an agent does for every pod of the mesh.
+    left: usize,
 }
 
 impl Scene {
@@ -46,7 +51,7 @@ impl Scene {
         let outsider = mesh.pod(PodSpec { name: "outsider", namespace: "shop", node: 0, enrolled: false });
         let seed = number("CULVERT_FUZZ_SEED", 0x6375_6c76_6572_7400);
         eprintln!("CULVERT_FUZZ_SEED={seed}");
-        let scene = Self { mesh, server, friend, outsider, random: StdRng::seed_from_u64(seed) };
+        let scene = Self { mesh, server, friend, outsider, random: StdRng::seed_from_u64(seed), left: 0 };
         eventually("the server is reached", || scene.converse().is_ok());
         scene
     }
@@ -79,6 +84,9 @@ impl Scene {
         self.random = random;
         assert!(served > 0, "no honest connection during {what}");
         let after = self.at_rest(what, before);
+        for who in WHO {
+            assert!(!self.mesh.log(who).contains("panicked"), "{who} panicked in {what}");
+        }
         let grown = |(before, after): (&Footprint, &Footprint)| after.resident_kib.saturating_sub(before.resident_kib);
         let peak = |(before, after): (&Footprint, &Footprint)| after.peak_kib.saturating_sub(before.resident_kib);
         for (place, who) in WHO.into_iter().enumerate() {
@@ -86,18 +94,16 @@ impl Scene {
             eprintln!("{what}: {who}: +{} KiB, at its height +{} KiB, {served} honest connections", grown(pair), peak(pair));
             assert!(grown(pair) <= GROWTH_KIB, "{who} has grown by {} KiB in {what}", grown(pair));
             assert!(peak(pair) <= PEAK_KIB, "{who} held {} KiB more at the height of {what}", peak(pair));
-            let log = self.mesh.log(who);
-            assert!(!log.contains("panicked"), "{who} panicked in {what}");
         }
         eventually("the server is reached afterwards", || self.converse().is_ok());
     }
 
     /// Waits until every process has as few descriptors as before, and gives what each holds then.
     fn at_rest(&mut self, what: &str, before: [Footprint; 3]) -> [Footprint; 3] {
-        let deadline = Instant::now() + DEADLINES;
+        let (deadline, left) = (Instant::now() + DEADLINES, DESCRIPTORS + self.left);
         loop {
             let now = WHO.map(|who| self.mesh.process(who).footprint());
-            let more = before.iter().zip(&now).any(|(before, now)| now.descriptors > before.descriptors + DESCRIPTORS);
+            let more = before.iter().zip(&now).any(|(before, now)| now.descriptors > before.descriptors + left);
             if !more {
                 return now;
             }

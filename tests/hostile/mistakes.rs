@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use harness::{Mesh, PodSpec, app, eventually};
+use harness::{Mesh, PodSpec, app, cgroup, eventually};
 
 /// A directory of this test's, removed with it.
 struct Scratch(PathBuf);
@@ -39,7 +39,7 @@ impl Drop for Scratch {
 }
 
 fn culvert() -> Command {
-    Command::new(std::env::var("CULVERT_BIN").expect("CULVERT_BIN names the binary under test: run `cargo xtask test node`"))
+    Command::new(std::env::var("CULVERT_BIN").expect("CULVERT_BIN names the binary under test: run `cargo xtask test hostile`"))
 }
 
 /// Runs to its end, which must come at once and be a failure, and checks that all of `parts` are in what it says.
@@ -94,6 +94,7 @@ fn agent(scratch: &Scratch, more: &[&str]) -> Command {
         ("--token-file", &scratch.path("token")),
         ("--netns-dir", &scratch.path("netns")),
         ("--bpf-dir", &scratch.path("bpf")),
+        ("--cgroup-root", &cgroup::own().display().to_string()),
         ("--metrics-listen", "127.0.0.1:0"),
         ("--ready-listen", "127.0.0.1:0"),
         ("--admin-listen", "127.0.0.1:0"),
@@ -129,7 +130,11 @@ fn wrong_flags_of_the_agent() {
     check(&["--cgroup-root", "/no/such/place"], &["/no/such/place", "No such file", "--cgroup-root"]);
     check(&["--cgroup-root", &plain], &[&plain, "--cgroup-root"]);
     check(&["--bpf-dir", &format!("{plain}/below")], &[&plain, "bpffs", "--bpf-dir"]);
-    check(&["--netns-dir", &format!("{plain}/below")], &[&plain, "--netns-dir"]);
+    check(&["--netns-dir", &plain], &[&plain, "Not a directory", "--netns-dir"]);
+    check(&["--netns-dir", &format!("{plain}/below")], &[&plain, "Not a directory", "--netns-dir"]);
+    let mistyped = scratch.path("netsn/cni");
+    check(&["--netns-dir", &mistyped], &[&mistyped, "No such file", "create the directory", "--netns-dir"]);
+    assert!(!scratch.0.join("netsn").exists(), "a mistyped directory was made");
     check(&["--log-format", "xml"], &["xml", "text, json"]);
     check(&["--drain-timeout", "soon"], &["soon", "10s"]);
     check(&["--wat"], &["--wat", "--help"]);

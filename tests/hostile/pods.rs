@@ -8,7 +8,7 @@ use harness::{PodSpec, app, attacker, eventually};
 use rand::Rng as _;
 use socket2::SockRef;
 
-use super::{PORT, Scene, duration, noise};
+use super::{PORT, Scene, WARM_TUNNELS, duration, noise};
 
 const OUTBOUND: u16 = 15001;
 const PLAINTEXT: u16 = 15006;
@@ -17,6 +17,7 @@ const PLAINTEXT: u16 = 15006;
 fn a_pod_of_the_mesh_against_its_own_agent() {
     let mut scene = Scene::new();
     let insider = scene.mesh.pod(PodSpec { name: "insider", namespace: "shop", node: 0, enrolled: true });
+    scene.left = WARM_TUNNELS;
     scene.withstand("bytes, resets and silence at the outbound port", |scene, random| {
         let (server, own, mut random) = (scene.server.at(false, PORT), insider.v4, random.clone());
         insider.netns.run(move || {

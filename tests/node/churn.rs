@@ -1,6 +1,6 @@
 //! Promise: pods come and go, join and leave, without a trace in others or in what comes after them.
 
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -16,30 +16,16 @@ const SHARED: u16 = 200;
 fn pair(mesh: &mut Mesh) -> (Pod, Pod) {
     // Who gets through has proved who it is.
     mesh.mode("shop", "STRICT");
-    let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
-    app::server(&server.netns, PORT, app::echo);
-    let client = mesh.pod(PodSpec { name: "client", namespace: "shop", node: 0, enrolled: true });
-    eventually("the server is reached", || app::converse(&client.netns, server.at(false, PORT), "warm").is_ok());
-    (client, server)
+    app::pair(mesh, PORT)
 }
 
-/// A connection to an echo server, past its first line.
+/// A connection to the echo server.
 fn open(client: &Pod, server: &Pod) -> TcpStream {
-    let mut stream = app::connect(&client.netns, server.at(false, PORT)).expect("a connection");
-    let mut line = Vec::new();
-    while line.last() != Some(&b'\n') {
-        let mut byte = [0];
-        stream.read_exact(&mut byte).expect("the first line");
-        line.extend(byte);
-    }
-    stream
+    app::open(&client.netns, server.at(false, PORT))
 }
 
-fn ping(mut stream: &TcpStream) {
-    let mut answer = [0; 4];
-    stream.write_all(b"ping").expect("an open connection");
-    stream.read_exact(&mut answer).expect("an open connection");
-    assert_eq!(&answer, b"ping");
+fn ping(stream: &TcpStream) {
+    app::ping(stream).expect("an open connection");
 }
 
 /// Pings on a thread until it is told to stop; gives how often.

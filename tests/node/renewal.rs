@@ -2,17 +2,14 @@
 
 use std::io::{Read as _, Write as _};
 
-use harness::{Mesh, PodSpec, app, eventually};
+use harness::{Mesh, app};
 
 const PORT: u16 = 8080;
 
 #[test]
 fn a_certificate_is_renewed_under_an_open_connection() {
     let mut mesh = Mesh::start_with(&["--cert-ttl", "4s"]);
-    let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
-    app::server(&server.netns, PORT, app::echo);
-    let client = mesh.pod(PodSpec { name: "client", namespace: "shop", node: 0, enrolled: true });
-    eventually("the server is reached", || app::converse(&client.netns, server.at(false, PORT), "warm").is_ok());
+    let (client, server) = app::pair(&mut mesh, PORT);
     let mut stream = app::connect(&client.netns, server.at(false, PORT)).expect("a connection");
     let mut seen = [0; 64];
     let started = std::time::Instant::now();

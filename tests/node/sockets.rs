@@ -30,10 +30,7 @@ struct Stage {
 impl Stage {
     fn new() -> Self {
         let mut mesh = Mesh::start();
-        let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
-        app::server(&server.netns, PORT, app::echo);
-        let client = mesh.pod(PodSpec { name: "client", namespace: "shop", node: 0, enrolled: true });
-        eventually("the server is reached", || app::converse(&client.netns, server.at(false, PORT), "warm").is_ok());
+        let (client, server) = app::pair(&mut mesh, PORT);
         Self { mesh, client, server }
     }
 

@@ -3,23 +3,14 @@
 use std::net::UdpSocket;
 use std::time::Duration;
 
-use harness::{Mesh, Pod, PodSpec, app, eventually};
+use harness::{Mesh, PodSpec, app, eventually};
 
 const PORT: u16 = 8080;
-
-/// Two pods of the mesh on two nodes; the server echoes.
-fn pair(mesh: &mut Mesh) -> (Pod, Pod) {
-    let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
-    app::server(&server.netns, PORT, app::echo);
-    let client = mesh.pod(PodSpec { name: "client", namespace: "shop", node: 0, enrolled: true });
-    eventually("the server is reached", || app::converse(&client.netns, server.at(false, PORT), "warm").is_ok());
-    (client, server)
-}
 
 #[test]
 fn both_ends_see_the_addresses_that_they_would_see_without_a_mesh() {
     let mut mesh = Mesh::start();
-    let (client, server) = pair(&mut mesh);
+    let (client, server) = app::pair(&mut mesh, PORT);
     for v6 in [false, true] {
         let seen = app::converse(&client.netns, server.at(v6, PORT), "hello").expect("a conversation");
         assert_eq!(seen.peer, server.at(v6, PORT), "getpeername");
@@ -48,7 +39,7 @@ fn what_is_outside_the_mesh_is_not_proxied() {
 #[test]
 fn udp_is_untouched() {
     let mut mesh = Mesh::start();
-    let (client, server) = pair(&mut mesh);
+    let (client, server) = app::pair(&mut mesh, PORT);
     mesh.mode("shop", "STRICT");
     let outsider = mesh.pod(PodSpec { name: "outsider", namespace: "shop", node: 0, enrolled: false });
     eventually("STRICT holds", || app::converse(&outsider.netns, server.at(false, PORT), "hello").is_err());
@@ -83,7 +74,7 @@ fn udp_is_untouched() {
 #[test]
 fn applications_may_use_the_agents_ports() {
     let mut mesh = Mesh::start();
-    let (client, server) = pair(&mut mesh);
+    let (client, server) = app::pair(&mut mesh, PORT);
     for port in [15001, 15006, 15008] {
         app::server(&server.netns, port, app::echo);
         let seen = app::converse(&client.netns, server.at(false, port), "hello").expect("the application's own port");

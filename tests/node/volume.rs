@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
-use harness::{Mesh, Pod, PodSpec, app, eventually};
+use harness::{Mesh, Pod, app, eventually};
 
 const PORT: u16 = 8080;
 const BLOCK: usize = 1 << 18;
@@ -22,10 +22,7 @@ in_each_form!(
 /// A client and a server on two nodes.
 fn stage(forms: [&str; 2]) -> (Mesh, Pod, Pod) {
     let mut mesh = Mesh::start_in(forms);
-    let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
-    app::server(&server.netns, PORT, app::echo);
-    let client = mesh.pod(PodSpec { name: "client", namespace: "shop", node: 0, enrolled: true });
-    eventually("the server is reached", || app::converse(&client.netns, server.at(false, PORT), "warm").is_ok());
+    let (client, server) = app::pair(&mut mesh, PORT);
     (mesh, client, server)
 }
 

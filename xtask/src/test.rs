@@ -22,7 +22,7 @@ pub(crate) enum Suite {
     Ebpf,
     /// Nodes of network namespaces, with real programs and real mutual TLS.
     Node,
-    /// Hostile bytes and operators' mistakes against a real agent and controller: minutes of load, run by name only.
+    /// Hostile bytes and operators' mistakes against a real agent and controller.
     Hostile,
     /// A real Kubernetes cluster, which is made for it unless one is named; run by name only.
     Cluster,
@@ -54,7 +54,7 @@ pub(crate) struct ClusterOptions {
 
 /// Runs one suite, or first the project's own rules and then all that are not run by name only.
 pub(crate) fn run(suite: Option<Suite>, filter: Option<&str>, options: &ClusterOptions) -> Result<()> {
-    let all = || vec![Suite::Unit, Suite::Ebpf, Suite::Node];
+    let all = || vec![Suite::Unit, Suite::Ebpf, Suite::Node, Suite::Hostile];
     let suites = suite.map_or_else(all, |suite| vec![suite]);
     if suite.is_none() {
         tidy::all()?;

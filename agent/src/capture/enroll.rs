@@ -1,7 +1,7 @@
 //! Pods in and out: the task that knows every network namespace of the node and keeps the kernel's view of it.
 //!
 //! Enters: namespaces that appear and vanish, their addresses, snapshots, and what the programs refused. Leaves: [`PodEvent`]s, and
-//! entries in the maps. One task owns all state; what blocks runs on other threads and comes back as a [`Message`]. A
+//! entries in the maps. One task owns all state; what blocks runs on other threads and comes back as a `Message`. A
 //! namespace is open only after it is known to be none of ours, or fully enrolled; in every other moment nothing leaves it.
 
 mod classify;
@@ -27,7 +27,8 @@ use self::classify::Phase;
 use self::foreign::Foreign;
 use self::setup::{Enrolled, Opened, SetupError};
 use self::tracked::Tracked;
-use self::watch::{MountTable, NetnsDir};
+use self::watch::MountTable;
+pub(super) use self::watch::NetnsDir;
 use super::events::{self, Report};
 use super::load::{Loaded, LookupProgram};
 use super::others::Agents;
@@ -125,13 +126,12 @@ pub(super) struct Enroller {
 impl Enroller {
     pub(super) fn new(
         config: LoadConfig,
+        directory: NetnsDir,
         loaded: Loaded,
         mut snapshots: tokio::sync::watch::Receiver<Arc<Snapshot>>,
         ask: Ask,
         pods: mpsc::Sender<PodEvent>,
-    ) -> Result<Self, CaptureError> {
-        let failed = |source| CaptureError::Watch { path: config.netns_dir.clone(), source };
-        let directory = NetnsDir::watch(&config.netns_dir).map_err(failed)?;
+    ) -> Self {
         let (messages, inbox) = mpsc::channel(QUEUE);
         let (reporter, reports) = mpsc::channel(QUEUE);
         let mut tasks = tokio::task::JoinSet::new();
@@ -143,7 +143,7 @@ impl Enroller {
         });
         let snapshot = snapshots.borrow_and_update().clone();
         let now = Instant::now();
-        Ok(Self {
+        Self {
             config,
             maps: loaded.maps,
             lookup: loaded.lookup,
@@ -180,7 +180,7 @@ impl Enroller {
             look_took: Duration::ZERO,
             caught_up: false,
             destinations_stale: false,
-        })
+        }
     }
 
     /// Runs until `shutdown`, or until nobody receives pods.

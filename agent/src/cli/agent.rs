@@ -37,7 +37,7 @@ pub struct AgentArgs {
     #[arg(long, value_name = "FILE")]
     token_file: PathBuf,
 
-    /// Where the container runtime keeps the pods' network namespaces.
+    /// Where the container runtime keeps the pods' network namespaces. Made if it is missing, in a directory that is there.
     #[arg(long, value_name = "DIR", default_value = "/run/netns")]
     netns_dir: PathBuf,
 

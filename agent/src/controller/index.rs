@@ -14,7 +14,7 @@ mod residents;
 mod resource;
 mod service;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod workload;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};

@@ -83,36 +83,34 @@ pub fn reset_on_close(stream: &TcpStream) {
 /// Reads what has come, and says how many bytes; 0 at the end. A read that leaves room has taken all that there was: the next call
 /// waits for more without asking the kernel.
 pub(crate) fn poll_receive(stream: &TcpStream, cx: &mut Context<'_>, spaces: &mut [IoSliceMut<'_>]) -> Poll<io::Result<usize>> {
-    let room: usize = spaces.iter().map(|space| space.len()).sum();
-    loop {
-        ready!(stream.poll_read_ready(cx))?;
-        let mut received = None;
-        let tried = stream.try_io(Interest::READABLE, || {
-            let bytes = readv(stream, spaces)?;
-            received = Some(bytes);
-            if bytes > 0 && bytes < room { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
-        });
-        match (received, tried) {
-            (Some(bytes), _) => return Poll::Ready(Ok(bytes)),
-            (None, Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
-            (None, Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-            (None, tried) => return Poll::Ready(tried.map(|()| 0)),
-        }
-    }
+    let room = spaces.iter().map(|space| space.len()).sum();
+    poll_transfer(stream, cx, Interest::READABLE, room, || readv(stream, spaces))
 }
 
-/// Writes what the kernel takes, and says how many bytes.
+/// Writes what the kernel takes, and says how many bytes. A write that leaves some has filled the kernel: the next call waits.
 pub(crate) fn poll_send(stream: &TcpStream, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
-    let wanted: usize = slices.iter().map(|slice| slice.len()).sum();
+    let wanted = slices.iter().map(|slice| slice.len()).sum();
+    poll_transfer(stream, cx, Interest::WRITABLE, wanted, || writev(stream, slices))
+}
+
+/// Makes the call once the connection is ready for it, and says how many bytes it has moved. When that is some, but less than
+/// `wanted`, the connection is not ready any more.
+fn poll_transfer(
+    stream: &TcpStream,
+    cx: &mut Context<'_>,
+    interest: Interest,
+    wanted: usize,
+    mut call: impl FnMut() -> nix::Result<usize>,
+) -> Poll<io::Result<usize>> {
     loop {
-        ready!(stream.poll_write_ready(cx))?;
-        let mut sent = None;
-        let tried = stream.try_io(Interest::WRITABLE, || {
-            let bytes = writev(stream, slices)?;
-            sent = Some(bytes);
-            if bytes < wanted { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+        ready!(if interest.is_readable() { stream.poll_read_ready(cx) } else { stream.poll_write_ready(cx) })?;
+        let mut moved = None;
+        let tried = stream.try_io(interest, || {
+            let bytes = call()?;
+            moved = Some(bytes);
+            if bytes > 0 && bytes < wanted { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
         });
-        match (sent, tried) {
+        match (moved, tried) {
             (Some(bytes), _) => return Poll::Ready(Ok(bytes)),
             (None, Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
             (None, Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}

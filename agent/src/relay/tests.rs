@@ -32,11 +32,13 @@ impl Relayed {
     }
 }
 
-async fn pair() -> (TcpStream, TcpStream) {
+/// Both ends of a connection.
+pub(crate) async fn pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
-    let (dialled, accepted) = tokio::join!(TcpStream::connect(addr), listener.accept());
-    (dialled.unwrap(), accepted.unwrap().0)
+    // Who is refused has nobody to wait for.
+    let (dialled, (accepted, _)) = tokio::try_join!(TcpStream::connect(addr), listener.accept()).unwrap();
+    (dialled, accepted)
 }
 
 fn reset(stream: TcpStream) {

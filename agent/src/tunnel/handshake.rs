@@ -118,9 +118,10 @@ async fn next_record(stream: &mut TcpStream, incoming: &mut Vec<u8>, shown: usiz
     }
 }
 
-/// Sends what rustls has to say about an error: one alert, which it gives before it looks at anything else.
+/// Sends what rustls has to say about an error: an alert, if any.
 async fn tell(stream: &mut TcpStream, side: &mut impl Handshake, mut outgoing: Vec<u8>) {
-    let (_spent, _alert) = side.step(&mut [], &mut outgoing);
+    // What waits to be sent is given before any record is looked at. Without it rustls would go on in records that are not there.
+    while side.state().wants_write() && side.step(&mut [], &mut outgoing).1.is_ok() {}
     // The connection ends in any case.
     let _gone = stream.write_all(&outgoing).await;
 }

@@ -38,16 +38,17 @@ pub(super) enum News {
 }
 
 /// The node's directory of namespaces, watched.
-pub(super) struct NetnsDir {
+pub(in crate::capture) struct NetnsDir {
     path: PathBuf,
     inotify: EventStream<Vec<u8>>,
     watched: (u64, u64),
 }
 
 impl NetnsDir {
-    /// Watches the directory, which is made if it is missing.
-    pub(super) fn watch(path: &Path) -> io::Result<Self> {
-        fs::create_dir_all(path)?;
+    /// Watches the directory, which is made if it is missing: a fresh node has none before its first pod. What it would be in has
+    /// to be there, lest a mistyped path is watched for ever.
+    pub(in crate::capture) fn watch(path: &Path) -> io::Result<Self> {
+        make(path)?;
         let path = fs::canonicalize(path)?;
         let inotify = Inotify::init()?.into_event_stream(vec![0; 16 * 1024])?;
         let mut directory = Self { path, inotify, watched: (0, 0) };
@@ -57,7 +58,7 @@ impl NetnsDir {
 
     /// Watches what is at the path now: another directory may have been mounted there.
     pub(super) fn renew(&mut self) -> io::Result<()> {
-        fs::create_dir_all(&self.path)?;
+        make(&self.path)?;
         let metadata = fs::metadata(&self.path)?;
         let found = (metadata.dev(), metadata.ino());
         if found != self.watched {
@@ -106,6 +107,15 @@ impl NetnsDir {
     }
 }
 
+fn make(directory: &Path) -> io::Result<()> {
+    match fs::create_dir(directory) {
+        Ok(()) => tracing::info!(dir = %directory.display(), "made the directory of network namespaces, which was missing"),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(error),
+    }
+    Ok(())
+}
+
 fn inode(file: &File) -> Option<u64> {
     if netns::is_namespace(file).unwrap_or(false) { file.metadata().ok().map(|metadata| metadata.ino()) } else { None }
 }
@@ -149,6 +159,26 @@ mod tests {
         fs::remove_file(directory.path(OsStr::new("pod"))).expect("removed");
         assert_eq!(directory.next().await, News::Name("pod".into()));
         assert_eq!(directory.place(OsStr::new("pod")), Place::Missing);
+    }
+
+    #[tokio::test]
+    async fn a_directory_is_made_where_its_parent_is_and_nowhere_else() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let path = parent.path().join("netns");
+        let mut directory = NetnsDir::watch(&path).expect("a watch");
+        fs::remove_dir(&path).expect("removed");
+        directory.renew().expect("made again");
+        assert!(path.is_dir());
+        fs::write(parent.path().join("file"), "").expect("a file");
+        for (mistyped, kind) in [
+            ("netsn/cni", io::ErrorKind::NotFound),
+            ("file", io::ErrorKind::NotADirectory),
+            ("file/netns", io::ErrorKind::NotADirectory),
+        ] {
+            let error = NetnsDir::watch(&parent.path().join(mistyped)).err().expect(mistyped);
+            assert_eq!(error.kind(), kind, "{mistyped}");
+        }
+        assert!(!parent.path().join("netsn").exists());
     }
 
     #[tokio::test]

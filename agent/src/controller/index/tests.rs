@@ -14,10 +14,21 @@ use crate::controller::source::manifests::objects;
 use crate::controller::source::{Change, Kind, ObjectKey};
 use crate::proto::workload::{Address, Service, TunnelProtocol, Workload, WorkloadStatus, address};
 
+/// Settings as they are without any flag, but for the trust domain.
+pub(in crate::controller) fn settings(trust_domain: &str) -> MeshSettings {
+    MeshSettings {
+        trust_domain: trust_domain.parse().unwrap(),
+        root_namespace: "istio-system".to_owned(),
+        cluster_domain: "cluster.local".to_owned(),
+        default_deny: false,
+        excluded_namespaces: [].into(),
+    }
+}
+
 /// An index, and what it has said so far.
-struct World {
+pub(in crate::controller) struct World {
     index: Index,
-    resources: BTreeMap<(ResourceKind, String), Vec<u8>>,
+    pub(in crate::controller) resources: BTreeMap<(ResourceKind, String), Vec<u8>>,
     warnings: Vec<String>,
     update: Update,
 }
@@ -27,15 +38,8 @@ impl World {
         Self::of("cluster.local", manifests)
     }
 
-    fn of(trust_domain: &str, manifests: &str) -> Self {
-        let settings = MeshSettings {
-            trust_domain: trust_domain.parse().unwrap(),
-            root_namespace: "istio-system".to_owned(),
-            cluster_domain: "cluster.local".to_owned(),
-            default_deny: false,
-            excluded_namespaces: [].into(),
-        };
-        let index = Index::new(settings);
+    pub(in crate::controller) fn of(trust_domain: &str, manifests: &str) -> Self {
+        let index = Index::new(settings(trust_domain));
         let mut world = Self { index, resources: BTreeMap::new(), warnings: Vec::new(), update: Update::default() };
         world.apply(manifests);
         world

@@ -4,14 +4,12 @@
 //! The reader here knows wire types only, so that a change of the generated code shows.
 
 use std::fmt::Write as _;
-use std::sync::Arc;
 
 use prost::Message;
 use prost_types::{Any, Struct, Value, value::Kind};
 
-use crate::controller::index::{Index, MeshSettings, ResourceKind};
-use crate::controller::source::Change;
-use crate::controller::source::manifests::objects;
+use crate::controller::index::ResourceKind;
+use crate::controller::index::tests::World;
 use crate::proto::ca::{IstioCertificateRequest, IstioCertificateResponse};
 use crate::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status};
 
@@ -48,18 +46,8 @@ spec:
 
 /// The value of the resource of this name.
 fn resource(kind: ResourceKind, name: &str) -> Vec<u8> {
-    let settings = MeshSettings {
-        trust_domain: "example.org".parse().unwrap(),
-        root_namespace: "istio-system".to_owned(),
-        cluster_domain: "cluster.local".to_owned(),
-        default_deny: false,
-        excluded_namespaces: [].into(),
-    };
-    let objects = objects(SHOP, &settings.context()).into_iter();
-    let changes: Vec<_> = objects.map(|object| Change::Applied { object: Arc::new(object), origin: "test".into() }).collect();
-    let update = Index::new(settings).apply(&changes);
-    let found = update.resources.into_iter().find(|(of, named, _)| *of == kind && **named == *name);
-    found.and_then(|(.., resource)| resource).unwrap_or_else(|| panic!("no {name}")).value
+    let mut world = World::of("example.org", SHOP);
+    world.resources.remove(&(kind, name.to_owned())).unwrap_or_else(|| panic!("no {name}"))
 }
 
 /// Field numbers and values, one a line, messages indented. Which fields are messages is said by their paths.
@@ -106,8 +94,10 @@ fn varint(bytes: &mut &[u8]) -> u64 {
     value
 }
 
-fn lines(text: &str) -> Vec<&str> {
-    text.trim().lines().map(str::trim).collect()
+#[track_caller]
+fn check(bytes: &[u8], messages: &[&str], expected: &str) {
+    let lines = |text: &str| text.trim().lines().map(|line| line.trim().to_owned()).collect::<Vec<_>>();
+    assert_eq!(lines(&dump(bytes, messages)), lines(expected));
 }
 
 #[test]
@@ -136,7 +126,7 @@ fn a_workload_has_the_published_numbers() {
         1.22.2.1.1: 80
         1.22.2.1.2: 8080
     "#;
-    assert_eq!(lines(&dump(&bytes, &["1", "1.22", "1.22.2", "1.22.2.1"])), lines(expected));
+    check(&bytes, &["1", "1.22", "1.22.2", "1.22.2.1"], expected);
 }
 
 #[test]
@@ -156,7 +146,7 @@ fn a_service_has_the_published_numbers() {
         2.8.2: 1
         2.9: 1
     "#;
-    assert_eq!(lines(&dump(&bytes, &["2", "2.4", "2.5", "2.8"])), lines(expected));
+    check(&bytes, &["2", "2.4", "2.5", "2.8"], expected);
 }
 
 #[test]
@@ -189,7 +179,7 @@ fn an_authorization_has_the_published_numbers() {
         5.1.2.10: [130, 71]
         6: 1
     "#;
-    assert_eq!(lines(&dump(&bytes, &messages)), lines(expected));
+    check(&bytes, &messages, expected);
 }
 
 #[test]
@@ -209,9 +199,9 @@ fn the_certificate_service_has_the_published_numbers() {
         4.1.2
         4.1.2.3: "spiffe://td/ns/a/sa/b"
     "#;
-    assert_eq!(lines(&dump(&request.encode_to_vec(), &["4", "4.1", "4.1.2"])), lines(expected));
+    check(&request.encode_to_vec(), &["4", "4.1", "4.1.2"], expected);
     let response = IstioCertificateResponse { cert_chain: vec!["leaf".to_owned(), "root".to_owned()] };
-    assert_eq!(lines(&dump(&response.encode_to_vec(), &[])), ["1: \"leaf\"", "1: \"root\""]);
+    check(&response.encode_to_vec(), &[], "1: \"leaf\"\n1: \"root\"");
 }
 
 #[test]
@@ -240,7 +230,7 @@ fn discovery_has_the_published_numbers() {
         7.1: 3
         7.2: "m"
     "#;
-    assert_eq!(lines(&dump(&request.encode_to_vec(), &["1", "5", "7"])), lines(expected));
+    check(&request.encode_to_vec(), &["1", "5", "7"], expected);
     let response = DeltaDiscoveryResponse {
         system_version_info: "i".to_owned(),
         resources: vec![Resource {
@@ -266,5 +256,5 @@ fn discovery_has_the_published_numbers() {
         5: "o"
         6: "g"
     "#;
-    assert_eq!(lines(&dump(&response.encode_to_vec(), &["2", "2.2"])), lines(expected));
+    check(&response.encode_to_vec(), &["2", "2.2"], expected);
 }

@@ -3,13 +3,13 @@
 use std::future::poll_fn;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpListener;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::*;
 use crate::identity::TrustBundle;
 use crate::identity::test_authority::{Issued, TestAuthority};
 use crate::relay::Slices;
+use crate::relay::tests::pair;
 use crate::tunnel::tls::{HandshakeFault, client_config, handshake_fault, server_config, server_name};
 use crate::tunnel::{handshake, verify};
 
@@ -62,16 +62,9 @@ fn configs_of(authority: &TestAuthority, client: &Issued, server: &Issued) -> Co
     (client.expect("a configuration"), server_config(&server.svid(SERVER), &bundle, &domain, ALPN).expect("a configuration"))
 }
 
-async fn sockets() -> (TcpStream, TcpStream) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let addr = listener.local_addr().expect("an address");
-    let (dialled, accepted) = tokio::join!(TcpStream::connect(addr), listener.accept());
-    (dialled.expect("a connection"), accepted.expect("a connection").0)
-}
-
 /// Both ends of a connection, ours.
 pub(in crate::tunnel) async fn ours() -> (TlsStream, TlsStream) {
-    let (near, far) = sockets().await;
+    let (near, far) = pair().await;
     let (client, server) = configs();
     let (client, server) = tokio::join!(handshake::connect(near, client), handshake::accept(far, server));
     (client.expect("the client passes").tls, server.expect("the server passes").tls)
@@ -115,7 +108,7 @@ async fn our_two_ends_understand_each_other() {
 
 #[tokio::test]
 async fn our_client_and_the_librarys_server_understand_each_other() {
-    let (near, far) = sockets().await;
+    let (near, far) = pair().await;
     let (client, server) = configs();
     let (client, server) = tokio::join!(handshake::connect(near, client), TlsAcceptor::from(server).accept(far));
     let client = client.expect("passes");
@@ -126,7 +119,7 @@ async fn our_client_and_the_librarys_server_understand_each_other() {
 
 #[tokio::test]
 async fn the_librarys_client_and_our_server_understand_each_other() {
-    let (near, far) = sockets().await;
+    let (near, far) = pair().await;
     let (client, server) = configs();
     let (client, server) = tokio::join!(TlsConnector::from(client).connect(server_name(), near), handshake::accept(far, server));
     let (client, server) = (client.expect("passes"), server.expect("passes"));
@@ -136,7 +129,7 @@ async fn the_librarys_client_and_our_server_understand_each_other() {
 
 #[tokio::test]
 async fn the_librarys_change_of_keys_is_followed_and_answered() {
-    let (near, far) = sockets().await;
+    let (near, far) = pair().await;
     let (client, server) = configs();
     let (client, server) = tokio::join!(TlsConnector::from(client).connect(server_name(), near), handshake::accept(far, server));
     let (mut client, mut server) = (client.expect("passes"), server.expect("passes").tls);
@@ -155,7 +148,7 @@ async fn the_librarys_change_of_keys_is_followed_and_answered() {
 
 #[tokio::test]
 async fn what_comes_right_behind_the_handshake_is_not_lost() {
-    let (near, far) = sockets().await;
+    let (near, far) = pair().await;
     let (client, server) = configs();
     let client = async {
         let mut stream = TlsConnector::from(client).connect(server_name(), near).await.expect("passes");
@@ -180,8 +173,8 @@ async fn a_connection_that_is_cut_has_not_ended_in_order() {
 
 #[tokio::test]
 async fn a_record_that_was_touched_is_refused() {
-    let (near, far) = sockets().await;
-    let (middle_near, middle_far) = sockets().await;
+    let (near, far) = pair().await;
+    let (middle_near, middle_far) = pair().await;
     let (client, server) = configs();
     // Passes the handshake on as it is, and changes the last byte of what comes after.
     let middle = tokio::spawn(async move {
@@ -222,14 +215,14 @@ async fn a_refused_certificate_is_told_to_the_other_side() {
     let (mesh, other) = (TestAuthority::new("mesh"), TestAuthority::new("other"));
     let (good_client, good_server) = (mesh.leaf(CLIENT).issue(), mesh.leaf(SERVER).issue());
 
-    let (near, far) = sockets().await;
+    let (near, far) = pair().await;
     let (client, server) = configs_of(&mesh, &good_client, &other.leaf(SERVER).issue());
     let (client, server) = tokio::join!(handshake::connect(near, client), handshake::accept(far, server));
     let (refused, told) = (client.err().expect("refused"), server.err().expect("told"));
     assert!(matches!(handshake_fault(&refused), HandshakeFault::Refused(_)), "{refused}");
     assert!(matches!(handshake_fault(&told), HandshakeFault::RefusedByPeer(_)), "{told}");
 
-    let (near, far) = sockets().await;
+    let (near, far) = pair().await;
     let (client, server) = configs_of(&mesh, &other.leaf(CLIENT).issue(), &good_server);
     let client = async {
         // The client has finished before the server looks at its certificate.
@@ -240,6 +233,30 @@ async fn a_refused_certificate_is_told_to_the_other_side() {
     let (refused, told) = (refused.err().expect("refused"), told.expect_err("told"));
     assert!(matches!(handshake_fault(&refused), HandshakeFault::Refused(_)), "{refused}");
     assert!(matches!(handshake_fault(&told), HandshakeFault::RefusedByPeer(_)), "{told}");
+}
+
+#[tokio::test]
+async fn nonsense_for_a_handshake_is_refused_wherever_it_ends() {
+    // The first eight bytes of a hello of 256, which no record here completes.
+    let begun: &[u8] = &[22, 3, 1, 0, 8, 1, 0, 1, 0, 3, 3, 0, 0];
+    // A hello of two bytes and one of none, in one record.
+    let twice: &[u8] = &[22, 3, 1, 0, 10, 1, 0, 0, 2, 3, 3, 1, 0, 0, 0];
+    for (before, after) in [
+        (begun, &[23, 3, 3, 0, 1, 0][..]),
+        (begun, &[21, 3, 3, 0, 2, 2, 40]),
+        (begun, &[99, 3, 3, 0, 1, 0]),
+        (begun, &[22, 3, 1, 0, 0]),
+        (twice, &[]),
+        (twice, begun),
+        (&[], &[99, 3, 3, 0, 1, 0]),
+    ] {
+        let (mut near, far) = pair().await;
+        let nonsense = [before, after].concat();
+        near.write_all(&nonsense).await.expect("open");
+        near.shutdown().await.expect("open");
+        let refused = handshake::accept(far, configs().1).await.err().expect("refused");
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidData, "{nonsense:?}: {refused}");
+    }
 }
 
 #[tokio::test]

@@ -1,8 +1,7 @@
-use std::collections::BTreeMap;
-
 use super::*;
 use crate::model::snapshot::Edit;
-use crate::model::{Action, Authorization, PeerAuthentication, Rule, Scope, SpiffeId, TrustDomain, TunnelProtocol, WorkloadType};
+use crate::model::snapshot::tests::pod;
+use crate::model::{Action, Authorization, PeerAuthentication, Rule, Scope, TunnelProtocol};
 
 const NODE: &str = "node-a";
 
@@ -11,24 +10,8 @@ fn ip(text: &str) -> IpAddr {
 }
 
 fn workload(name: &str, addresses: &[&str]) -> Workload {
-    let trust_domain: TrustDomain = "cluster.local".parse().expect("a trust domain");
-    Workload {
-        uid: format!("c//Pod/shop/{name}").into(),
-        name: name.into(),
-        identity: SpiffeId::new(trust_domain, "shop", name).expect("an identity"),
-        addresses: addresses.iter().map(|text| ip(text)).collect(),
-        node: NODE.into(),
-        protocol: TunnelProtocol::Hbone,
-        host_network: false,
-        healthy: true,
-        workload_name: name.into(),
-        workload_type: WorkloadType::Pod,
-        canonical_name: name.into(),
-        canonical_revision: "latest".into(),
-        services: BTreeMap::new(),
-        authorization_policies: Vec::new(),
-        peer_authentication: PeerAuthentication::default(),
-    }
+    let addresses = addresses.iter().map(|text| ip(text)).collect();
+    Workload { addresses, node: NODE.into(), ..pod(name, "10.0.0.1") }
 }
 
 fn snapshot(change: impl FnOnce(&mut Edit)) -> Snapshot {
@@ -145,7 +128,7 @@ fn an_enrolled_pod_that_lost_its_addresses_is_closed() {
 
 fn policy(scope: Scope) -> Authorization {
     Authorization {
-        namespace: "shop".into(),
+        namespace: "a".into(),
         name: "p".into(),
         scope,
         action: Action::Allow,
@@ -184,7 +167,7 @@ fn plaintext_that_a_policy_judges_goes_to_the_agent() {
         admitted(Mode::Permissive, &[], |edit, _| edit.upsert_policy(policy(Scope::WorkloadSelector))),
         [(0, Admission::Pass)]
     );
-    let named = |pod: &mut Workload| pod.authorization_policies.push("shop/p".into());
+    let named = |pod: &mut Workload| pod.authorization_policies.push("a/p".into());
     assert_eq!(admitted(Mode::Disable, &[], |_, pod| named(pod)), steered);
     let deny = |edit: &mut Edit, _: &mut Workload| edit.set_mesh("td".parse().expect("a trust domain"), true, Arc::default());
     assert_eq!(admitted(Mode::Permissive, &[], deny), steered);

@@ -6,7 +6,8 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::Cluster;
-use crate::controller::index::{Finding, Index, MeshSettings, ResourceKind};
+use crate::controller::index::tests::settings;
+use crate::controller::index::{Finding, Index, ResourceKind};
 use crate::controller::kubernetes::test_server::ApiServer;
 use crate::controller::source::manifests::objects;
 use crate::controller::source::{About, Change, Feed, Source};
@@ -99,16 +100,6 @@ struct World {
 
 type Resources = BTreeMap<(ResourceKind, String), Vec<u8>>;
 
-fn settings() -> MeshSettings {
-    MeshSettings {
-        trust_domain: "cluster.local".parse().unwrap(),
-        root_namespace: "istio-system".to_owned(),
-        cluster_domain: "cluster.local".to_owned(),
-        default_deny: false,
-        excluded_namespaces: [].into(),
-    }
-}
-
 fn pod(name: &str, ip: &str) -> String {
     format!(
         "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop}}\n\
@@ -131,12 +122,12 @@ impl World {
     /// Follows a server until all that it has is known.
     async fn start(server: ApiServer) -> Self {
         let stop = CancellationToken::new();
-        let cluster = Cluster::new(server.client(), settings().context(), ControllerMetrics::new());
+        let cluster = Cluster::new(server.client(), settings("cluster.local").context(), ControllerMetrics::new());
         let Ok(feed) = cluster.start(stop.clone());
         let mut world = Self {
             server,
             feed,
-            index: Index::new(settings()),
+            index: Index::new(settings("cluster.local")),
             resources: BTreeMap::new(),
             changes: Vec::new(),
             findings: Vec::new(),
@@ -175,8 +166,8 @@ impl World {
 
 /// What the same manifests lead to without an API server.
 fn by_manifests(text: &str) -> Resources {
-    let (mut index, mut resources) = (Index::new(settings()), Resources::new());
-    let changes: Vec<_> = objects(text, &settings().context())
+    let (mut index, mut resources) = (Index::new(settings("cluster.local")), Resources::new());
+    let changes: Vec<_> = objects(text, &settings("cluster.local").context())
         .into_iter()
         .map(|object| Change::Applied { object: Arc::new(object), origin: "test".into() })
         .collect();
