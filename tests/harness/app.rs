@@ -89,6 +89,29 @@ pub fn connect(pod: &Namespace, to: SocketAddr) -> io::Result<TcpStream> {
     })
 }
 
+/// Connects to an [`echo`] server, and reads the line that it begins with.
+///
+/// # Errors
+/// As the application sees it; an early end is [`io::ErrorKind::UnexpectedEof`].
+pub fn open(pod: &Namespace, to: SocketAddr) -> io::Result<TcpStream> {
+    let mut stream = connect(pod, to)?;
+    let mut byte = [0];
+    while byte != *b"\n" {
+        stream.read_exact(&mut byte)?;
+    }
+    Ok(stream)
+}
+
+/// Says something over a connection that [`open`] made, and reads it back.
+///
+/// # Errors
+/// As the application sees it; an early end is [`io::ErrorKind::UnexpectedEof`].
+pub fn ping(mut stream: &TcpStream) -> io::Result<()> {
+    let mut answer = [0; 4];
+    stream.write_all(b"ping")?;
+    stream.read_exact(&mut answer)
+}
+
 /// Says `marker` to an [`echo`] server and reads it back.
 ///
 /// # Errors

@@ -1,7 +1,7 @@
 //! Promise: an agent or a controller that stops, is killed, comes late or comes back never opens what is closed, and what is open
 //! goes on.
 
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::ErrorKind;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
@@ -25,20 +25,7 @@ fn reached(client: &Pod, server: &Pod) -> bool {
 }
 
 fn open(client: &Pod, server: &Pod) -> TcpStream {
-    let mut stream = app::connect(&client.netns, server.at(false, PORT)).expect("a connection");
-    let mut line = Vec::new();
-    while line.last() != Some(&b'\n') {
-        let mut byte = [0];
-        stream.read_exact(&mut byte).expect("the first line");
-        line.extend(byte);
-    }
-    stream
-}
-
-fn ping(mut stream: &TcpStream) -> std::io::Result<()> {
-    let mut answer = [0; 4];
-    stream.write_all(b"ping")?;
-    stream.read_exact(&mut answer)
+    app::open(&client.netns, server.at(false, PORT)).expect("a connection")
 }
 
 /// Asserts that a connection of the client's is refused, and that none of its bytes was on the wire.
@@ -60,7 +47,7 @@ fn an_agent_that_is_told_to_stop_lets_open_connections_end_and_takes_no_new_ones
     eventually("the agent takes nothing new", || !reached(&client, &server));
     closed(&mesh, &client, &server);
     for _ in 0..20 {
-        ping(&open).expect("an open connection goes on");
+        app::ping(&open).expect("an open connection goes on");
         std::thread::sleep(Duration::from_millis(20));
     }
     drop(open);
@@ -79,7 +66,7 @@ fn connections_that_do_not_end_are_reset_at_the_deadline() {
     let told = Instant::now();
     mesh.signal_agent(0, Signal::SIGTERM);
     let ended = loop {
-        if let Err(error) = ping(&open) {
+        if let Err(error) = app::ping(&open) {
             break error;
         }
     };
@@ -96,7 +83,7 @@ fn an_agent_that_is_killed_leaves_its_pods_closed_and_its_successor_opens_them()
     let streams = [open(&client, &server), open(&client, &server)];
     mesh.kill_agent(0);
     for stream in &streams {
-        let error = (0..100).find_map(|_| ping(stream).err()).expect("nobody carries it on");
+        let error = (0..100).find_map(|_| app::ping(stream).err()).expect("nobody carries it on");
         assert!(matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe), "{error}");
     }
     closed(&mesh, &client, &server);
@@ -142,7 +129,7 @@ fn without_the_controller_everything_that_is_known_goes_on() {
     mesh.kill_controller();
     eventually("the agent notices", || mesh.metrics(0).sum("culvert_xds_connected", &[]) == 0);
     assert!(reached(&client, &server), "new connections are carried");
-    ping(&open).expect("open ones go on");
+    app::ping(&open).expect("open ones go on");
     let known = mesh.place_only(known, 60);
     eventually("a pod of a known account is served", || reached(&known, &server));
     let new = mesh.place_only(new, 61);
@@ -158,11 +145,11 @@ fn without_the_controller_everything_that_is_known_goes_on() {
     eventually("what waited is served", || reached(&new, &server));
     eprintln!("served {:?} after the controller was started", back.elapsed());
     assert_eq!(std::fs::read(mesh.directory().join("state/root-cert.pem")).expect("a root"), root, "the root is kept");
-    ping(&open).expect("open ones go on");
+    app::ping(&open).expect("open ones go on");
     mesh.mode("shop", "STRICT");
     let outsider = mesh.pod(PodSpec { name: "outsider", namespace: "shop", node: 0, enrolled: false });
     eventually("changes arrive again", || !reached(&outsider, &server));
-    ping(&open).expect("open ones go on");
+    app::ping(&open).expect("open ones go on");
 }
 
 #[test]
