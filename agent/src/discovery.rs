@@ -105,7 +105,7 @@ impl DiscoveryHandle {
     }
 
     /// The state of the mesh in which it is certain what is at `address`: a workload, a service, or nothing that the mesh
-    /// knows. Asks the controller where the present state does not say; answers count for a second.
+    /// knows. Asks the controller where the present state does not say.
     ///
     /// # Errors
     /// A [`ResolveError`] when it cannot be known now.

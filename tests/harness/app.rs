@@ -102,6 +102,34 @@ pub fn connect(pod: &Namespace, to: SocketAddr) -> io::Result<TcpStream> {
     })
 }
 
+/// Connects to an [`echo`] server, and reads the line that it begins with.
+///
+/// # Errors
+/// As the application sees it; an early end is [`io::ErrorKind::UnexpectedEof`].
+pub fn open(pod: &Namespace, to: SocketAddr) -> io::Result<TcpStream> {
+    let mut stream = connect(pod, to)?;
+    let mut byte = [0];
+    while byte != *b"\n" {
+        stream.read_exact(&mut byte)?;
+    }
+    Ok(stream)
+}
+
+/// Says something over a connection that [`open`] made, and reads it back.
+///
+/// # Errors
+/// As the application sees it; an early end is [`io::ErrorKind::UnexpectedEof`].
+///
+/// # Panics
+/// When something else comes back.
+pub fn ping(mut stream: &TcpStream) -> io::Result<()> {
+    let mut answer = [0; 4];
+    stream.write_all(b"ping")?;
+    stream.read_exact(&mut answer)?;
+    assert_eq!(&answer, b"ping");
+    Ok(())
+}
+
 /// Says `marker` to an [`echo`] server and reads it back.
 ///
 /// # Errors
@@ -116,9 +144,9 @@ pub fn converse(pod: &Namespace, to: SocketAddr, marker: &str) -> io::Result<See
 /// As the application sees it; an early end is [`io::ErrorKind::UnexpectedEof`].
 pub fn converse_over(mut stream: TcpStream, marker: &str) -> io::Result<Seen> {
     stream.set_read_timeout(Some(PATIENCE))?;
-    let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
+    let (local, peer) = (stream.local_addr()?, stream.peer_addr().map_err(|error| cause(&stream, error))?);
     stream.write_all(marker.as_bytes())?;
-    stream.shutdown(std::net::Shutdown::Write)?;
+    stream.shutdown(std::net::Shutdown::Write).map_err(|error| cause(&stream, error))?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let (client, echoed) = answer.split_once('\n').ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -129,33 +157,12 @@ pub fn converse_over(mut stream: TcpStream, marker: &str) -> io::Result<Seen> {
     Ok(Seen { local, peer, client })
 }
 
-/// Connects to an [`echo`] server and reads its line.
-///
-/// # Panics
-/// When the server is not reached, or does not speak.
-#[must_use]
-pub fn open(pod: &Namespace, to: SocketAddr) -> TcpStream {
-    let mut stream = connect(pod, to).expect("a connection");
-    let mut byte = [0];
-    while byte != [b'\n'] {
-        stream.read_exact(&mut byte).expect("the first line");
+/// What ended a connection that is none any more.
+fn cause(stream: &TcpStream, error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::NotConnected => stream.take_error().ok().flatten().unwrap_or(error),
+        _ => error,
     }
-    stream
-}
-
-/// Says four bytes to an [`echo`] server on a connection that is [`open`], and reads them back.
-///
-/// # Errors
-/// As the application sees it.
-///
-/// # Panics
-/// When other bytes come back.
-pub fn ping(mut stream: &TcpStream) -> io::Result<()> {
-    let mut answer = [0; 4];
-    stream.write_all(b"ping")?;
-    stream.read_exact(&mut answer)?;
-    assert_eq!(&answer, b"ping");
-    Ok(())
 }
 
 /// Ends a connection by a reset.

@@ -10,13 +10,25 @@ use std::time::Duration;
 mod control;
 mod place;
 
-pub use place::{Pod, PodSpec, addresses, link_address, manifest};
+pub use place::{Families, Pod, PodSpec, addresses, link_address, manifest, manifest_of};
 
 use crate::netns::Namespace;
 use crate::{Capture, Metrics, PATIENCE, Process, cgroup, eventually, eventually_within};
 
 /// The nodes' names.
 pub const NODES: [&str; 2] = ["a", "b"];
+/// The ranges of pods' addresses, on both nodes: all of the fabric's but where the nodes' own are.
+const POD_RANGES: [&str; 9] = [
+    "10.77.1.0/24",
+    "10.77.2.0/23",
+    "10.77.4.0/22",
+    "10.77.8.0/21",
+    "10.77.16.0/20",
+    "10.77.32.0/19",
+    "10.77.64.0/18",
+    "10.77.128.0/17",
+    "\"fd77::1:0/112\"",
+];
 
 /// Two nodes, their pods, a controller and two agents.
 #[derive(Debug)]
@@ -99,6 +111,7 @@ impl Mesh {
             one_netns_dir: false,
             pods: 0,
         };
+        clear(&mesh.dir);
         fs::create_dir_all(mesh.dir.join("netns")).expect("a directory");
         for (number, name) in NODES.iter().enumerate() {
             fs::create_dir_all(mesh.dir.join(name).join("netns")).expect("a directory");
@@ -114,7 +127,10 @@ impl Mesh {
             mesh.fabric.ip(&format!("link set n{name} master br0"));
             mesh.fabric.ip(&format!("link set n{name} up"));
             mesh.nodes.push(node);
-            let object = format!("apiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\n");
+            let object = format!(
+                "apiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\nspec: {{podCIDRs: [{}]}}\n",
+                POD_RANGES.join(", ")
+            );
             mesh.apply(&format!("node-{name}"), &object);
         }
         mesh
@@ -370,6 +386,16 @@ impl Drop for Mesh {
         }
         remove(&self.dir);
     }
+}
+
+/// Removes what a process of the same number has left, whose pods outlived their mesh.
+fn clear(dir: &Path) {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new).filter(|point| point.starts_with(dir));
+    for point in points {
+        let _gone_meanwhile = Command::new("umount").arg("--lazy").arg(point).output();
+    }
+    let _was_never_there = fs::remove_dir_all(dir);
 }
 
 fn remove(dir: &Path) {

@@ -1,11 +1,14 @@
 //! Promise: who may talk to whom is decided by verified identity, address and port; a change reaches open connections.
 
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _};
+use std::net::TcpStream;
 
 use harness::{Mesh, Pod, PodSpec, app, eventually};
 
 const PORT: u16 = 8080;
 const OTHER_PORT: u16 = 8081;
+
+in_each_form!(a_change_cuts_the_open_connections_that_it_denies_and_no_others);
 
 /// A client, as policies see it.
 #[derive(Clone, Copy, Debug)]
@@ -323,30 +326,94 @@ fn policies_for_waypoints_dry_runs_and_audits_change_nothing_and_are_told_of() {
     assert!(scene.mesh.log("agent-b").contains(&format!("by DENY policy shop/{denied}")), "and said in the access log");
 }
 
-#[test]
-fn a_new_denial_cuts_open_connections_encrypted_or_not() {
-    let mut mesh = Mesh::start();
-    let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
-    app::server(&server.netns, PORT, app::echo);
-    let clients = [("member", true), ("plain", false)]
-        .map(|(name, enrolled)| mesh.pod(PodSpec { name, namespace: "shop", node: 0, enrolled }));
-    let mut open: Vec<_> = clients
-        .iter()
-        .map(|client| {
-            eventually("the server is reached", || app::converse(&client.netns, server.at(false, PORT), "warm").is_ok());
-            let mut stream = app::connect(&client.netns, server.at(false, PORT)).expect("a connection");
-            stream.write_all(b"x").expect("an open connection");
-            assert!(stream.read(&mut [0; 64]).expect("the first line") > 0);
-            stream
-        })
-        .collect();
-    mesh.apply("rule", &policy("rule", "DENY", "{}"));
-    for stream in &mut open {
-        // What was on its way may still arrive; then the connection ends, and not in order.
-        let mut rest = Vec::new();
-        let ended = stream.read_to_end(&mut rest);
-        assert!(ended.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionReset), "the connection was not reset");
+/// A client's connections over both families, open.
+struct Open {
+    name: &'static str,
+    streams: [TcpStream; 2],
+}
+
+impl Open {
+    fn live(&self) {
+        for _ in 0..3 {
+            self.streams.iter().for_each(|stream| app::ping(stream).unwrap_or_else(|error| panic!("{}: {error}", self.name)));
+        }
     }
+
+    /// What was on its way may still arrive; then the connections end, and not in order.
+    fn cut(&self) {
+        for mut stream in &self.streams {
+            let ended = stream.read_to_end(&mut Vec::new()).expect_err("an end in order");
+            assert_eq!(ended.kind(), ErrorKind::ConnectionReset, "{}", self.name);
+        }
+    }
+}
+
+fn a_change_cuts_the_open_connections_that_it_denies_and_no_others(forms: [&str; 2]) {
+    for steered in [false, true] {
+        let mut mesh = Mesh::start_in(forms);
+        let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
+        app::server(&server.netns, PORT, app::echo);
+        if steered {
+            // Where there is a policy at all, the kernel leaves plaintext to the agent.
+            mesh.apply("unrelated", &policy("unrelated", "DENY", &from("principals: [\"*/sa/nobody\"]")));
+            mesh.await_policy("shop", Some("unrelated"));
+        }
+        let clients = [("denied", true), ("member", true), ("denied-plain", false), ("plain", false)]
+            .map(|(name, enrolled)| (name, mesh.pod(PodSpec { name, namespace: "shop", node: 0, enrolled })));
+        let outcomes =
+            |outcome: &str| mesh.metrics(1).sum("culvert_capture_outcomes_total", &[&format!("outcome=\"{outcome}\"")]);
+        let [taken, other] =
+            if steered { ["steered_plaintext", "admitted_plaintext"] } else { ["admitted_plaintext", "steered_plaintext"] };
+        eventually("plaintext takes its way", || {
+            app::converse(&clients[3].1.netns, server.at(false, PORT), "warm").is_ok() && outcomes(taken) > 0
+        });
+        let before = outcomes(other);
+        let [denied, member, denied_plain, plain] = clients.each_ref().map(|(name, client)| {
+            let open = |v6| {
+                let mut open = None;
+                eventually(&format!("{name} is served"), || {
+                    open = app::open(&client.netns, server.at(v6, PORT)).ok();
+                    open.is_some()
+                });
+                open.expect("served")
+            };
+            Open { name, streams: [false, true].map(open) }
+        });
+        assert_eq!(outcomes(other), before, "plaintext took another way");
+
+        let addresses = [clients[2].1.v4, clients[2].1.v6];
+        let rules =
+            [from("principals: [\"*/sa/denied\"]"), from(&format!("ipBlocks: [\"{}\", \"{}\"]", addresses[0], addresses[1]))];
+        mesh.apply("rule", &policy("rule", "DENY", &rules.join(", ")));
+        denied.cut();
+        denied_plain.cut();
+        eventually("all four are told of", || closed_by_change(&mesh) == 4);
+        [&member, &plain].into_iter().for_each(Open::live);
+
+        mesh.mode("shop", "STRICT");
+        plain.cut();
+        eventually("two more are told of", || closed_by_change(&mesh) == 6);
+        member.live();
+        check_access_log(&mesh, steered);
+    }
+}
+
+/// How many connections the server's agent says to have closed since policies or modes changed.
+fn closed_by_change(mesh: &Mesh) -> usize {
+    let log = mesh.log("agent-b");
+    let lines = log.lines().filter(|line| line.contains("closed connections that policy denies now"));
+    lines.filter_map(|line| line.split(" closed=").nth(1)?.split(' ').next()?.parse::<usize>().ok()).sum()
+}
+
+/// The access log says of each connection that the agent carried, and was cut, that a change of policy did it, and of no other.
+fn check_access_log(mesh: &Mesh, steered: bool) {
+    let log = mesh.log("agent-b");
+    let of = |name: &str| {
+        let about = format!("src.workload=\"{name}\"");
+        log.lines().filter(|line| line.contains(&about) && line.contains("reason=\"policy_changed\"")).count()
+    };
+    let plain = if steered { 2 } else { 0 };
+    assert_eq!(["denied", "member", "denied-plain", "plain"].map(of), [2, 0, plain, plain], "{log}");
 }
 
 #[test]

@@ -21,7 +21,7 @@ fn pair(mesh: &mut Mesh) -> (Pod, Pod) {
 
 /// A connection to the echo server.
 fn open(client: &Pod, server: &Pod) -> TcpStream {
-    app::open(&client.netns, server.at(false, PORT))
+    app::open(&client.netns, server.at(false, PORT)).expect("a connection")
 }
 
 fn ping(stream: &TcpStream) {

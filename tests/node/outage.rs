@@ -17,7 +17,7 @@ fn reached(client: &Pod, server: &Pod) -> bool {
 }
 
 fn open(client: &Pod, server: &Pod) -> TcpStream {
-    app::open(&client.netns, server.at(false, PORT))
+    app::open(&client.netns, server.at(false, PORT)).expect("a connection")
 }
 
 /// Asserts that a connection of the client's is refused, and that none of its bytes was on the wire.

@@ -1,13 +1,12 @@
 //! Addresses that somebody asks about, until the controller has answered.
 //!
 //! Enters: questions, answers, the time. Leaves: the names to subscribe to and, once answered or too old, to unsubscribe from.
-//! Questions on one address are asked once. Everything is bounded: the addresses asked about, the questions on each, and the
-//! answers remembered.
+//! Questions on one address are asked once, but an answer counts for those only that were put before it: who was nobody a moment ago
+//! may be a pod now. Everything is bounded: the addresses asked about, and the questions on each.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -15,20 +14,14 @@ use tokio::time::Instant;
 use super::{OUTSTANDING, Question, RESOLVE_DEADLINE, Reply, ResolveError};
 use crate::model::Snapshot;
 
-/// How long an answer counts.
-const ANSWER_AGE: Duration = Duration::from_secs(1);
-/// The most answers that are remembered.
-const ANSWERS: usize = 4096;
 /// The most questions on one address.
 const MERGED: usize = 4096;
 
-/// The open questions and the recent answers.
+/// The open questions.
 #[derive(Debug, Default)]
 pub(super) struct Questions {
     open: HashMap<IpAddr, Open>,
     deadlines: VecDeque<(Instant, IpAddr)>,
-    answered: HashMap<IpAddr, Instant>,
-    answered_order: VecDeque<(Instant, IpAddr)>,
 }
 
 #[derive(Debug)]
@@ -41,8 +34,7 @@ impl Questions {
     /// Notes a question. Gives the name to subscribe to, if the controller must be asked: what is known, or being asked, is not.
     pub(super) fn ask(&mut self, question: Question, snapshot: &Arc<Snapshot>, now: Instant) -> Option<String> {
         let Question { address, reply } = question;
-        let known = snapshot.workload_at(address).is_some() || snapshot.service_at(address).is_some();
-        if known || self.answered.get(&address).is_some_and(|answered| now < *answered + ANSWER_AGE) {
+        if snapshot.workload_at(address).is_some() || snapshot.service_at(address).is_some() {
             send(reply, Ok(Arc::clone(snapshot)));
             return None;
         }
@@ -70,14 +62,13 @@ impl Questions {
     }
 
     /// Replies to the questions on these addresses with the state that holds the answer. Gives the names to unsubscribe from.
-    pub(super) fn answer(&mut self, addresses: &[IpAddr], snapshot: &Arc<Snapshot>, now: Instant) -> Vec<String> {
+    pub(super) fn answer(&mut self, addresses: &[IpAddr], snapshot: &Arc<Snapshot>) -> Vec<String> {
         let mut names = Vec::new();
         for address in addresses {
             let Some(open) = self.open.remove(address) else { continue };
             for reply in open.replies {
                 send(reply, Ok(Arc::clone(snapshot)));
             }
-            self.remember(*address, now);
             names.push(name_of(*address));
         }
         names
@@ -103,22 +94,10 @@ impl Questions {
         self.deadlines.front().map(|(deadline, _)| *deadline)
     }
 
-    /// Forgets everything: the controller is gone, and with it what it said of absent addresses.
+    /// Gives up all questions: the controller is gone.
     pub(super) fn abandon(&mut self) {
         let Self { open, .. } = std::mem::take(self);
         open.into_values().flat_map(|open| open.replies).for_each(|reply| send(reply, Err(ResolveError::NotConnected)));
-    }
-
-    fn remember(&mut self, address: IpAddr, now: Instant) {
-        let old = |(time, _): &mut (Instant, IpAddr)| now >= *time + ANSWER_AGE;
-        while self.answered_order.len() >= ANSWERS || self.answered_order.front_mut().is_some_and(old) {
-            let Some((time, address)) = self.answered_order.pop_front() else { break };
-            if self.answered.get(&address) == Some(&time) {
-                self.answered.remove(&address);
-            }
-        }
-        self.answered.insert(address, now);
-        self.answered_order.push_back((now, address));
     }
 }
 
@@ -149,21 +128,18 @@ mod tests {
         let (other, mut second) = question("10.0.0.9");
         assert_eq!(questions.ask(one, &snapshot, now).as_deref(), Some("/10.0.0.9"));
         assert_eq!(questions.ask(other, &snapshot, now), None);
-        assert_eq!(questions.answer(&[ip("10.0.0.9")], &snapshot, now), ["/10.0.0.9"]);
+        assert_eq!(questions.answer(&[ip("10.0.0.9")], &snapshot), ["/10.0.0.9"]);
         assert!(first.try_recv().expect("answered").is_ok() && second.try_recv().expect("answered").is_ok());
     }
 
     #[test]
-    fn an_answer_counts_for_a_second() {
+    fn an_answer_counts_for_no_later_question() {
         let (mut questions, snapshot, now) = (Questions::default(), snapshot(), Instant::now());
-        let ask = |questions: &mut Questions, after| {
+        for _ in 0..2 {
             let (question, _reply) = question("fd00::9");
-            questions.ask(question, &snapshot, now + Duration::from_millis(after))
-        };
-        assert!(ask(&mut questions, 0).is_some());
-        questions.answer(&[ip("fd00::9")], &snapshot, now);
-        assert!(ask(&mut questions, 999).is_none());
-        assert!(ask(&mut questions, 1000).is_some());
+            assert!(questions.ask(question, &snapshot, now).is_some());
+            assert_eq!(questions.answer(&[ip("fd00::9")], &snapshot), ["/fd00::9"]);
+        }
     }
 
     #[test]
@@ -188,20 +164,6 @@ mod tests {
         let (question, mut reply) = question("10.9.9.9");
         assert!(questions.ask(question, &snapshot, now).is_none());
         assert_eq!(reply.try_recv().expect("told").expect_err("turned away"), ResolveError::Overloaded);
-    }
-
-    #[test]
-    fn the_answers_remembered_are_bounded() {
-        let (mut questions, snapshot, now) = (Questions::default(), snapshot(), Instant::now());
-        for number in 0..2 * ANSWERS {
-            let text = format!("10.{}.{}.{}", number >> 16, number >> 8 & 255, number & 255);
-            let (question, _reply) = question(&text);
-            questions.ask(question, &snapshot, now);
-            questions.answer(&[ip(&text)], &snapshot, now);
-        }
-        assert!(questions.answered.len() <= ANSWERS && questions.answered_order.len() <= ANSWERS);
-        questions.expire(now + RESOLVE_DEADLINE);
-        assert!(questions.open.is_empty() && questions.deadlines.is_empty());
     }
 
     fn ip(text: &str) -> IpAddr {

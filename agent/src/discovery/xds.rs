@@ -155,7 +155,7 @@ impl Client {
         let applied = self.mirror.apply(kind, &response, |address| questions.is_open(address));
         debug!(?kind, resources = response.resources.len(), removed = response.removed_resources.len(), "response");
         self.publish();
-        let answered = self.questions.answer(&applied.answered, self.mirror.snapshot(), Instant::now());
+        let answered = self.questions.answer(&applied.answered, self.mirror.snapshot());
         let acknowledgement = DeltaDiscoveryRequest {
             type_url: response.type_url,
             response_nonce: response.nonce,

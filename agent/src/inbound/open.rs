@@ -55,12 +55,12 @@ impl OpenConnections {
         Registered { open: Arc::clone(self), pod: Arc::clone(pod), id, cancel }
     }
 
-    /// Ends the connections to a pod that `denied` says so, with [`CloseReason::PolicyChanged`]. Returns how many.
+    /// Ends the connections to a pod that `denied` says so, with [`CloseReason::PolicyChanged`]. Returns how many, without those that
+    /// are ending already.
     pub fn close_denied(&self, pod: &str, denied: impl Fn(&Flow) -> bool) -> usize {
         let mut closed = 0;
         for entry in self.lock().get(pod).into_iter().flat_map(|entries| entries.by_id.values()) {
-            if denied(&entry.flow) {
-                entry.cancel.cancel(CloseReason::PolicyChanged);
+            if denied(&entry.flow) && entry.cancel.cancel(CloseReason::PolicyChanged) {
                 closed += 1;
             }
         }

@@ -15,10 +15,11 @@ pub struct Cancel {
 }
 
 impl Cancel {
-    /// Ends the connection. The first reason stands.
-    pub fn cancel(&self, reason: CloseReason) {
-        let _earlier = self.reason.set(reason);
+    /// Ends the connection. The first reason stands: false when there was one before.
+    pub fn cancel(&self, reason: CloseReason) -> bool {
+        let first = self.reason.set(reason).is_ok();
         self.waker.wake();
+        first
     }
 
     /// Why the connection must end, if it must. Only the connection's own task may ask.
@@ -50,8 +51,8 @@ mod tests {
         let heard = Arc::clone(&cancel);
         let waiting = tokio::spawn(async move { poll_fn(|cx| heard.poll(cx)).await });
         tokio::task::yield_now().await;
-        cancel.cancel(CloseReason::PolicyChanged);
-        cancel.cancel(CloseReason::Draining);
+        assert!(cancel.cancel(CloseReason::PolicyChanged));
+        assert!(!cancel.cancel(CloseReason::Draining));
         assert_eq!(waiting.await.expect("no panic"), CloseReason::PolicyChanged);
     }
 }
