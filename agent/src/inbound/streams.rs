@@ -179,6 +179,11 @@ impl Inbound {
             let detail = "the stream's destination is not an address and port of this pod".to_owned();
             return Err(Refusal { reason: CloseReason::BadRequest, detail });
         };
+        if destination.is_ipv4() != peer.addr.is_ipv4() {
+            // The application could not be shown the client's address, but its own pod's.
+            let detail = "the stream's destination is of another address family than the tunnel".to_owned();
+            return Err(Refusal { reason: CloseReason::BadRequest, detail });
+        }
         let flow = Arc::new(Flow { source_identity: Some(peer.identity.clone()), source: peer.addr, destination });
         let registered = self.open.register(&pod.workload().uid, Arc::clone(&flow));
         Ok((flow, registered))
