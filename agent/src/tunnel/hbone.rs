@@ -82,7 +82,7 @@ pub struct HboneSink {
 
 /// A stream's place in its tunnel's count.
 #[derive(Debug)]
-struct Place(Arc<Shared>);
+pub(super) struct Place(Arc<Shared>);
 
 impl Outbound {
     /// Starts HTTP/2 on an authenticated connection. The tunnel runs in a task of its own until it breaks or the last handle to it
@@ -125,18 +125,19 @@ impl Outbound {
         self.shared.closed.load(Ordering::Acquire)
     }
 
-    /// Whether new streams may be opened.
+    /// Takes the place of one more stream; none when the tunnel has ended, or carries as many as both sides let it. A stream past
+    /// that would wait unheard for another's end.
     #[must_use]
-    pub fn usable(&self) -> bool {
-        !self.closed() && self.streams() < STREAMS as usize
+    pub(super) fn place(&self) -> Option<Place> {
+        let most = self.requests.current_max_send_streams().min(STREAMS as usize);
+        if self.closed() { None } else { Place::take(&self.shared, most) }
     }
 
     /// Opens a stream to `destination`, which the peer must reach for us before it answers.
     ///
     /// # Errors
     /// [`TunnelError::Refused`] with the peer's reason, or [`TunnelError::Broken`].
-    pub async fn open(&self, destination: SocketAddr) -> Result<(HboneSource, HboneSink), TunnelError> {
-        let place = Arc::new(Place::take(&self.shared));
+    pub(super) async fn open(&self, place: Place, destination: SocketAddr) -> Result<(HboneSource, HboneSink), TunnelError> {
         let mut request = Request::new(());
         *request.method_mut() = Method::CONNECT;
         // An address and a port are always an authority.
@@ -150,14 +151,15 @@ impl Outbound {
             let reason = word.and_then(CloseReason::from_word).unwrap_or_else(|| reason_of(head.status));
             return Err(TunnelError::Refused { reason });
         }
-        Ok(halves(stream, sink, Some(place)))
+        Ok(halves(stream, sink, Some(Arc::new(place))))
     }
 }
 
 impl Place {
-    fn take(shared: &Arc<Shared>) -> Self {
-        shared.streams.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(shared))
+    fn take(shared: &Arc<Shared>, most: usize) -> Option<Self> {
+        let one_more = |streams| (streams < most).then_some(streams + 1);
+        shared.streams.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).ok()?;
+        Some(Self(Arc::clone(shared)))
     }
 }
 
