@@ -40,7 +40,7 @@ pub(super) struct Slot {
 struct Tunnels {
     shared: Vec<Warm<Arc<hbone::Outbound>>>,
     idle: Vec<Warm<Idle>>,
-    /// The destination speaks the single form.
+    /// The destination spoke the single form last.
     single: bool,
     retired: bool,
 }
@@ -169,6 +169,7 @@ impl Slot {
                 Ok(Pooled::Idle(idle))
             }
             Tunnel::Hbone(tunnel) => {
+                tunnels.single = false;
                 // A peer that lets nobody open a stream, or has gone at once.
                 let place = tunnel.place().ok_or(TunnelError::Refused { reason: CloseReason::TunnelFailed })?;
                 let tunnel = Arc::new(tunnel);

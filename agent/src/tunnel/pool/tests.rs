@@ -166,6 +166,23 @@ async fn a_tunnel_of_the_single_form_carries_the_next_stream_when_one_has_ended(
 }
 
 #[tokio::test]
+async fn a_destination_that_goes_back_to_http2_is_dialled_once_for_all() {
+    let (far, pool) = (Far::new(true), Arc::new(Pool::new()));
+    end(open(&pool, &far, SERVED).await.unwrap()).await;
+    far.single.store(false, Ordering::Relaxed);
+    for dialled in [2, 3] {
+        far.cut();
+        tokio::task::yield_now().await;
+        // What it speaks now is found out by the first to dial.
+        if dialled == 2 {
+            drop(open(&pool, &far, SERVED).await.unwrap());
+        }
+        drop(open_many(&pool, &far, 20).await);
+        assert_eq!(far.dialled(), dialled);
+    }
+}
+
+#[tokio::test]
 async fn a_refusal_is_an_answer_and_keeps_the_tunnel() {
     for single in [false, true] {
         let (far, pool) = (Far::new(single), Pool::new());
