@@ -162,8 +162,8 @@ impl Inbound {
         let accepted = Box::pin(async {
             let waiting = self.strangers.enter();
             let handshake = async {
-                let config = self.tls(&pod).await?;
-                accept::handshake(stream, PeerAddr(source), config).await
+                let (config, roots) = self.tls(&pod).await?;
+                Ok((accept::handshake(stream, PeerAddr(source), config).await?, roots))
             };
             tokio::select! {
                 accepted = handshake => accepted,
@@ -173,7 +173,7 @@ impl Inbound {
         .await;
         let result = accepted.as_ref().map_or_else(|error| error.reason().as_str(), |_| "ok");
         self.observer.metrics().handshake(Side::Server, result, started.elapsed());
-        let accepted = match accepted {
+        let (accepted, roots) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 let info = ConnectionInfo {
@@ -184,15 +184,15 @@ impl Inbound {
             }
         };
         let _counted = self.observer.metrics().tunnel(Side::Server);
-        let peer = Peer { identity: accepted.source, addr: source, local };
+        let peer = Peer { identity: accepted.source, addr: source, local, roots };
         match accepted.tunnel {
             Form::Hbone(tunnel) => Box::pin(self.hbone(pod, peer, tunnel, permits)).await,
             Form::Single(tunnel) => self.single(pod, peer, tunnel).await,
         }
     }
 
-    /// The TLS set-up for the pod's present certificate.
-    async fn tls(&self, pod: &LocalPod) -> Result<Arc<ServerConfig>, TunnelError> {
+    /// The TLS set-up for the pod's present certificate, and the fingerprint of the roots that it believes.
+    async fn tls(&self, pod: &LocalPod) -> Result<(Arc<ServerConfig>, Arc<str>), TunnelError> {
         let workload = pod.workload();
         let no_identity = |why: &dyn Display| TunnelError::NoIdentity(why.to_string());
         let svid = self.svids.wait(&workload.identity, IDENTITY_DEADLINE).await.map_err(|error| no_identity(&error))?;
@@ -203,11 +203,11 @@ impl Inbound {
         if let Some((generation, roots, config)) = configs.get(&workload.identity)
             && (*generation, roots) == (svid.generation, &bundle.fingerprint)
         {
-            return Ok(Arc::clone(config));
+            return Ok((Arc::clone(config), Arc::clone(roots)));
         }
-        let config = tls::server_config(&svid, &bundle, &trust_domain, self.form.alpn())?;
-        configs.insert(workload.identity.clone(), (svid.generation, Arc::clone(&bundle.fingerprint), Arc::clone(&config)));
-        Ok(config)
+        let (config, roots) = (tls::server_config(&svid, &bundle, &trust_domain, self.form.alpn())?, &bundle.fingerprint);
+        configs.insert(workload.identity.clone(), (svid.generation, Arc::clone(roots), Arc::clone(&config)));
+        Ok((config, Arc::clone(roots)))
     }
 
     async fn plaintext(&self, pod: &LocalPod, Accepted { stream, peer: source, local }: Accepted) {

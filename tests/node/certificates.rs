@@ -1,9 +1,11 @@
 //! Promise: who cannot prove to be the workload that is meant is refused, on either side, with a log line, a count and a reset.
 
+use std::time::Duration;
+
 use harness::forge::{Credentials, Forge, Wanted};
 use harness::mesh::manifest;
 use harness::peer::{self, Refused};
-use harness::{Mesh, MeshSpec, PodSpec, app, eventually};
+use harness::{Mesh, MeshSpec, PodSpec, app, eventually, eventually_within};
 
 const PORT: u16 = 8080;
 const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
@@ -129,4 +131,35 @@ fn a_server_that_is_not_the_workload_that_was_meant_gets_no_byte() {
             .and_then(|()| std::io::read_to_string(&mut stream));
         answer.is_ok_and(|answer| answer == "hello")
     });
+}
+
+#[test]
+fn a_tunnel_carries_nothing_new_once_a_root_of_its_day_is_withdrawn() {
+    for form in ["auto", "hbone"] {
+        let mut mesh = Mesh::prepare(MeshSpec { agents: [&["--tunnel-form", form]; 2], ..MeshSpec::default() });
+        mesh.start_controller();
+        let roots = [Forge::of_controller(&mesh).root_pem, Forge::of_nobody().root_pem];
+        let files = [0, 1].map(|node| {
+            let file = mesh.directory().join(format!("roots-{node}.pem"));
+            std::fs::write(&file, roots.concat()).expect("a file");
+            mesh.trust(&file);
+            mesh.start_agent(node);
+            file
+        });
+        let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
+        app::server(&server.netns, PORT, app::echo);
+        let client = mesh.pod(PodSpec { name: "client", namespace: "shop", node: 0, enrolled: true });
+        let converse = || app::converse(&client.netns, server.at(false, PORT), "hello").is_ok();
+        eventually("the server is reached", converse);
+        let handshakes = || mesh.metrics(0).sum("culvert_handshakes_total", &["side=\"client\"", "result=\"ok\""]);
+        // One after the other: each side has to see to it, whoever the other is.
+        for (side, file) in ["client", "server"].iter().zip(&files) {
+            let before = handshakes();
+            assert!(converse() && converse());
+            assert_eq!(handshakes(), before, "{form}: the tunnel is warm");
+            std::fs::write(file, &roots[0]).expect("a file");
+            let renewed = || converse() && handshakes() > before;
+            eventually_within(Duration::from_secs(20), &format!("{form}: the {side} wants to see the certificate again"), renewed);
+        }
+    }
 }

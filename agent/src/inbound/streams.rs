@@ -1,6 +1,8 @@
 //! What a peer's tunnel carries to a pod, stream by stream, in either form.
 
+use std::future::pending;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 
 use tracing::debug;
@@ -24,6 +26,8 @@ pub(super) struct Peer {
     pub(super) addr: SocketAddr,
     /// The pod's address and the tunnel port.
     pub(super) local: SocketAddr,
+    /// The fingerprint of the roots that its chain was held against.
+    pub(super) roots: Arc<str>,
 }
 
 impl Inbound {
@@ -35,10 +39,16 @@ impl Inbound {
         mut tunnel: Box<hbone::Inbound>,
         permits: Permits,
     ) {
+        let mut distrusted = pin!(self.distrusted(&peer));
         let mut draining = false;
         loop {
             let request = tokio::select! {
                 request = tunnel.next() => request,
+                () = &mut distrusted, if !draining => {
+                    tunnel.drain();
+                    draining = true;
+                    continue;
+                }
                 () = pod.released.cancelled(), if !draining => {
                     tunnel.drain();
                     draining = true;
@@ -71,9 +81,11 @@ impl Inbound {
 
     /// The streams of a tunnel of the single form, one after the other.
     pub(super) async fn single(&self, pod: Arc<LocalPod>, peer: Peer, mut tunnel: single::Idle) {
+        let mut distrusted = pin!(self.distrusted(&peer));
         loop {
             let next = tokio::select! {
                 next = tunnel.next() => next,
+                () = &mut distrusted => return,
                 () = pod.released.cancelled() => return,
                 () = self.drain.started() => return,
             };
@@ -87,6 +99,15 @@ impl Inbound {
                 Some(idle) => tunnel = idle,
                 None => return,
             }
+        }
+    }
+
+    /// Waits until others are believed than when the peer showed its certificate. No more streams may be opened then: the peer has
+    /// to show it again.
+    async fn distrusted(&self, peer: &Peer) {
+        if self.svids.bundle().wait_for(|bundle| bundle.fingerprint != peer.roots).await.is_err() {
+            // The store has ended, and the agent with it.
+            pending().await
         }
     }
 
