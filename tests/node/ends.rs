@@ -157,6 +157,27 @@ fn a_reset_overtakes_data_in_flight(forms: [&str; 2]) {
     });
     let stream = stage.connect(PORT + 2);
     assert!(app::breaks(&stream, SOON), "the server's reset has not reached the client that does not read");
+
+    // The same once the direction is finished in which the news could travel, had it not been.
+    let reports = stage.serve(PORT + 3, |stream| {
+        stream.shutdown(Shutdown::Write).expect("half closed");
+        app::breaks(&stream, SOON)
+    });
+    let stream = stage.connect(PORT + 3);
+    assert_eq!(read_on(&stream), (0, None));
+    assert!(fill(&stream) < MORE_THAN_FITS, "the writer was not held up");
+    app::reset(stream);
+    assert!(told(&reports), "the client's reset has not reached the server that has finished and does not read");
+
+    let _reports = stage.serve(PORT + 4, |stream| {
+        let ended = read_on(&stream);
+        fill(&stream);
+        app::reset(stream);
+        ended
+    });
+    let stream = stage.connect(PORT + 4);
+    stream.shutdown(Shutdown::Write).expect("half closed");
+    assert!(app::breaks(&stream, SOON), "the server's reset has not reached the client that has finished and does not read");
 }
 
 fn a_reset_after_an_end_in_one_direction_is_no_second_end(forms: [&str; 2]) {

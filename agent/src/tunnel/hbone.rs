@@ -4,6 +4,7 @@
 //! flow-control window the connection's: a window is given back only when the application has taken the bytes. The tunnel's own
 //! window is so large that one slow stream cannot hold up another.
 
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io::{self, IoSliceMut};
 use std::net::SocketAddr;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf as _, Bytes};
+use bytes::{Buf as _, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream, client, server};
 use http::{HeaderName, Method, Request, Response, StatusCode};
 use tracing::{Instrument as _, debug};
@@ -32,7 +33,7 @@ const TUNNEL_WINDOW: u32 = 1 << 30;
 const FRAME: u32 = 1 << 20;
 /// How many streams a tunnel carries at once.
 pub const STREAMS: u32 = 100;
-/// Fewer bytes than this are copied, so that they don't keep a whole buffer until they are sent.
+/// Fewer bytes than this are copied, so that they don't keep a whole buffer while they wait.
 const SMALL_CHUNK: usize = 4 * 1024;
 /// Names the reason of a refusal, in the words of the access log. Other implementations skip it.
 const REASON: HeaderName = HeaderName::from_static("culvert-close-reason");
@@ -67,7 +68,18 @@ pub struct HboneSource {
     stream: RecvStream,
     /// What has come and was not passed on.
     chunk: Bytes,
+    kept: Kept,
     _place: Option<Arc<Place>>,
+}
+
+/// What has come behind a chunk that nobody takes: it is taken out of the tunnel, so that a reset behind it shows.
+#[derive(Debug, Default)]
+struct Kept {
+    chunks: VecDeque<Bytes>,
+    /// The last of them, while they are small: each costs more than its bytes.
+    small: BytesMut,
+    /// The stream's end behind all of them, in order or not.
+    end: Option<Result<(), io::ErrorKind>>,
 }
 
 /// The half of a stream that takes bytes. Dropped before it has finished, it resets the stream.
@@ -238,7 +250,7 @@ impl OpenRequest {
 }
 
 fn halves(stream: RecvStream, sink: SendStream<Bytes>, place: Option<Arc<Place>>) -> (HboneSource, HboneSink) {
-    let source = HboneSource { stream, chunk: Bytes::new(), _place: place.clone() };
+    let source = HboneSource { stream, chunk: Bytes::new(), kept: Kept::default(), _place: place.clone() };
     (source, HboneSink { stream: sink, pending: Bytes::new(), wanted: Size::default(), _place: place })
 }
 
@@ -246,6 +258,15 @@ impl Source for HboneSource {
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<()>, Broken>> {
         // An empty frame says nothing.
         while self.chunk.is_empty() {
+            if let Some(chunk) = self.kept.take() {
+                self.chunk = chunk;
+                continue;
+            }
+            match self.kept.end {
+                Some(Ok(())) => return Poll::Ready(Ok(None)),
+                Some(Err(kind)) => return Poll::Ready(Err(Broken(kind.into()))),
+                None => {}
+            }
             match ready!(self.stream.poll_data(cx)) {
                 Some(Ok(bytes)) => self.chunk = bytes,
                 // A tunnel that was cut is no end of file.
@@ -270,9 +291,41 @@ impl Source for HboneSource {
         !self.chunk.is_empty()
     }
 
-    /// The sink half hears of it.
-    fn poll_broken(&mut self, _cx: &mut Context<'_>) -> Poll<Broken> {
-        Poll::Pending
+    /// The sink half hears of it only until it has finished. What comes is kept meanwhile: it is the peer's window, and no more.
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
+        loop {
+            match self.kept.end {
+                // There is nothing left to break.
+                Some(Ok(())) => return Poll::Pending,
+                Some(Err(kind)) => return Poll::Ready(Broken(kind.into())),
+                None => {}
+            }
+            match ready!(self.stream.poll_data(cx)) {
+                Some(Ok(bytes)) => self.kept.push(bytes),
+                Some(Err(error)) => self.kept.end = Some(Err(broken(error).0.kind())),
+                None => self.kept.end = Some(Ok(())),
+            }
+        }
+    }
+}
+
+impl Kept {
+    fn push(&mut self, bytes: Bytes) {
+        if bytes.len() < SMALL_CHUNK {
+            self.small.extend_from_slice(&bytes);
+        }
+        if !self.small.is_empty() && (bytes.len() >= SMALL_CHUNK || self.small.len() >= 4 * SMALL_CHUNK) {
+            self.chunks.push_back(std::mem::take(&mut self.small).freeze());
+        }
+        if bytes.len() >= SMALL_CHUNK {
+            self.chunks.push_back(bytes);
+        }
+    }
+
+    /// The first of what is kept.
+    fn take(&mut self) -> Option<Bytes> {
+        let first = self.chunks.pop_front();
+        first.or_else(|| (!self.small.is_empty()).then(|| std::mem::take(&mut self.small).freeze()))
     }
 }
 
@@ -360,3 +413,6 @@ fn reason_of(status: StatusCode) -> CloseReason {
         _ => CloseReason::BadRequest,
     }
 }
+
+#[cfg(test)]
+mod tests;

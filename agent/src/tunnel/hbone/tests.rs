@@ -1,0 +1,98 @@
+use std::time::Duration;
+
+use super::*;
+use crate::tunnel::tls_stream::tests::{Bytes as Given, ours};
+
+const SOON: Duration = Duration::from_secs(5);
+const TO: &str = "10.0.0.2:80";
+
+/// Both ends of a stream.
+type Ends = ((HboneSource, HboneSink), (HboneSource, HboneSink));
+
+/// Both ends of a tunnel over a real connection.
+async fn tunnel() -> (Outbound, Inbound) {
+    let (near, far) = ours().await;
+    let (near, far) = tokio::join!(Outbound::start(near), Inbound::start(far));
+    (near.unwrap(), far.unwrap())
+}
+
+async fn within<T>(work: impl Future<Output = T>) -> T {
+    tokio::time::timeout(SOON, work).await.expect("in time")
+}
+
+/// Opens a stream and accepts it.
+async fn open(near: &Outbound, far: &mut Inbound) -> Ends {
+    let place = near.place().expect("room");
+    let opening = near.open(place, TO.parse().unwrap());
+    let mut accepted = None;
+    let accepting = async {
+        loop {
+            let request = far.next().await.expect("open").expect("whole");
+            accepted = Some(request.accept().unwrap());
+        }
+    };
+    let opened = within(async { tokio::select! { opened = opening => opened.unwrap(), () = accepting => unreachable!() } }).await;
+    (opened, accepted.expect("was asked"))
+}
+
+/// Keeps a tunnel going.
+fn drive(mut far: Inbound) -> tokio::task::JoinHandle<()> {
+    tokio::spawn(async move { while let Some(Ok(_request)) = far.next().await {} })
+}
+
+async fn write(sink: &mut HboneSink, bytes: &[u8]) {
+    let mut given = Given::new(bytes);
+    while within(poll_fn(|cx| sink.poll_move(cx, &mut given))).await.unwrap() > 0 {}
+    within(poll_fn(|cx| sink.poll_flush(cx))).await.unwrap();
+}
+
+/// All that comes until the end, and whether that is in order.
+async fn read_to_end(source: &mut HboneSource) -> (Vec<u8>, bool) {
+    let mut seen = Vec::new();
+    loop {
+        let mut place = vec![0; 7_001];
+        match within(poll_fn(|cx| source.poll_read(cx, &mut [IoSliceMut::new(&mut place)]))).await {
+            Ok(0) => return (seen, true),
+            Ok(bytes) => seen.extend_from_slice(&place[..bytes]),
+            Err(Broken(_)) => return (seen, false),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_reset_shows_behind_what_nobody_takes_and_takes_nothing_of_it() {
+    let (near, mut far) = tunnel().await;
+    let ((_source, mut sink), (mut source, mut back)) = open(&near, &mut far).await;
+    let _driven = drive(far);
+    // Nobody writes in the other direction any more: what is noticed there is noticed no more.
+    within(poll_fn(|cx| back.poll_finish(cx))).await.unwrap();
+    let mut sent = Vec::new();
+    for (number, length) in [1, 20_000, 3, 5_000, 2, 2, 30_000].into_iter().enumerate() {
+        let part = vec![number as u8; length];
+        write(&mut sink, &part).await;
+        sent.extend(part);
+    }
+    assert!(matches!(within(poll_fn(|cx| source.poll_fill(cx))).await, Ok(Some(()))));
+    let mut cx = Context::from_waker(std::task::Waker::noop());
+    assert!(source.poll_broken(&mut cx).is_pending());
+    sink.reset();
+    within(poll_fn(|cx| source.poll_broken(cx))).await;
+    let (seen, in_order) = read_to_end(&mut source).await;
+    assert!(seen == sent && !in_order, "{} bytes of {}, in order: {in_order}", seen.len(), sent.len());
+}
+
+#[tokio::test]
+async fn an_end_that_is_seen_early_is_an_end_all_the_same() {
+    let (near, mut far) = tunnel().await;
+    let ((_source, mut sink), (mut source, _back)) = open(&near, &mut far).await;
+    let _driven = drive(far);
+    for _ in 0..2_000 {
+        write(&mut sink, b"little").await;
+    }
+    within(poll_fn(|cx| sink.poll_finish(cx))).await.unwrap();
+    assert!(matches!(within(poll_fn(|cx| source.poll_fill(cx))).await, Ok(Some(()))));
+    let broken = tokio::time::timeout(Duration::from_millis(200), poll_fn(|cx| source.poll_broken(cx))).await;
+    assert!(broken.is_err() && source.kept.end == Some(Ok(())), "{broken:?}");
+    assert!(source.kept.chunks.len() < 10, "small chunks are put together");
+    assert_eq!(read_to_end(&mut source).await, (b"little".repeat(2_000), true));
+}
