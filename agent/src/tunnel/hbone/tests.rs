@@ -96,3 +96,101 @@ async fn an_end_that_is_seen_early_is_an_end_all_the_same() {
     assert!(source.kept.chunks.len() < 10, "small chunks are put together");
     assert_eq!(read_to_end(&mut source).await, (b"little".repeat(2_000), true));
 }
+
+/// Accepts the streams of a tunnel, and gives them.
+fn accept_all(mut far: Inbound) -> tokio::sync::mpsc::UnboundedReceiver<(HboneSource, HboneSink)> {
+    let (give, accepted) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Some(Ok(request)) = far.next().await {
+            give.send(request.accept().unwrap()).expect("the test listens");
+        }
+    });
+    accepted
+}
+
+#[tokio::test]
+async fn streams_that_nobody_reads_hold_little_and_hold_no_other_up() {
+    let (near, far) = tunnel().await;
+    let mut accepted = accept_all(far);
+    let much: &'static [u8] = vec![7; 8 << 20].leak();
+    let mut stalled = Vec::new();
+    for _ in 0..STREAMS - 1 {
+        let place = near.place().expect("room");
+        let (source, mut sink) = within(near.open(place, TO.parse().unwrap())).await.unwrap();
+        tokio::spawn(async move {
+            let _source = source;
+            let mut given = Given::new(much);
+            while poll_fn(|cx| sink.poll_move(cx, &mut given)).await.is_ok_and(|bytes| bytes > 0) {}
+        });
+        let (mut source, kept) = within(accepted.recv()).await.unwrap();
+        assert!(matches!(within(poll_fn(|cx| source.poll_fill(cx))).await, Ok(Some(()))));
+        let source = Arc::new(Mutex::new(source));
+        stalled.push(Arc::clone(&source));
+        // As a relay does whose sink takes nothing.
+        tokio::spawn(async move {
+            let _kept = kept;
+            poll_fn(|cx| source.lock().unwrap().poll_broken(cx)).await;
+        });
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let held = || -> usize {
+        stalled.iter().map(|source| source.lock().unwrap().stream.flow_control().used_capacity()).sum()
+    };
+    let before = held();
+    assert!((64 << 10..2 << 20).contains(&before), "{before} bytes are held");
+
+    let place = near.place().expect("room");
+    let (_source, mut sink) = within(near.open(place, TO.parse().unwrap())).await.unwrap();
+    let (mut source, _sink) = within(accepted.recv()).await.unwrap();
+    let sending = tokio::spawn(async move {
+        for _ in 0..4 {
+            write(&mut sink, much).await;
+        }
+        within(poll_fn(|cx| sink.poll_finish(cx))).await.unwrap();
+    });
+    let (seen, in_order) = read_to_end(&mut source).await;
+    sending.await.unwrap();
+    assert!(seen.len() == 4 * much.len() && in_order, "{} bytes beside those that stand still", seen.len());
+    // The tunnel's window has grown meanwhile, and theirs with it.
+    assert!(held() < 32 << 20, "{} bytes are held", held());
+}
+
+#[tokio::test]
+async fn a_peer_that_reads_nothing_is_sent_little_whatever_its_windows() {
+    let (io, far) = ours().await;
+    let far = tokio::spawn(Inbound::start(far));
+    let mut builder = client::Builder::new();
+    builder.initial_window_size(1 << 30).initial_connection_window_size(1 << 30);
+    let (mut requests, mut connection) = builder.handshake::<_, Bytes>(io).await.unwrap();
+    let opening = async {
+        let mut accepted = accept_all(far.await.unwrap().unwrap());
+        let (mut streams, mut kept) = (Vec::new(), Vec::new());
+        for _ in 0..50 {
+            requests = within(requests.clone().ready()).await.unwrap();
+            let request = Request::builder().method(Method::CONNECT).uri(TO).body(()).unwrap();
+            kept.push(requests.send_request(request, false).unwrap());
+            streams.push(within(accepted.recv()).await.unwrap());
+        }
+        // Long enough for its windows to have arrived.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        (streams, kept)
+    };
+    let (streams, kept) = tokio::select! { opened = opening => opened, _ = &mut connection => unreachable!() };
+    // From here on nobody reads.
+    let shared = Arc::clone(&streams[0].1.place.tunnel);
+    let much: &'static [u8] = vec![7; 8 << 20].leak();
+    for (source, mut sink) in streams {
+        tokio::spawn(async move {
+            let _source = source;
+            let mut given = Given::new(much);
+            while poll_fn(|cx| sink.poll_move(cx, &mut given)).await.is_ok_and(|bytes| bytes > 0) {}
+        });
+    }
+    let mut most = 0;
+    for _ in 0..50 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        most = most.max(shared.unsent.load(Ordering::Relaxed));
+    }
+    assert!((UNSENT / 2..3 * UNSENT).contains(&most), "{most} bytes wait");
+    drop((kept, connection));
+}

@@ -66,7 +66,11 @@ async fn sockets() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let addr = listener.local_addr().expect("an address");
     let (dialled, accepted) = tokio::join!(TcpStream::connect(addr), listener.accept());
-    (dialled.expect("a connection"), accepted.expect("a connection").0)
+    let (dialled, accepted) = (dialled.expect("a connection"), accepted.expect("a connection").0);
+    for socket in [&dialled, &accepted] {
+        socket.set_nodelay(true).expect("an option");
+    }
+    (dialled, accepted)
 }
 
 /// Both ends of a connection, ours.
