@@ -26,7 +26,7 @@ use crate::capture::{Accepted, DELIVERY_MARK, Listener, LocalPod, destroy_inboun
 use crate::deliver::{DeliverError, connect};
 use crate::drain::Drain;
 use crate::identity::SvidStore;
-use crate::limits::Antechamber;
+use crate::limits::{Antechamber, Shares};
 use crate::model::{CloseReason, Flow, Mode, PeerAddr, Snapshot, SpiffeId, Verdict, Workload};
 use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Side};
 use crate::policy::evaluate::evaluate;
@@ -46,6 +46,8 @@ use streams::Peer;
 const IDENTITY_DEADLINE: Duration = Duration::from_secs(5);
 /// How many peers may be about to shake hands at once, over all pods.
 const STRANGERS: usize = 1024;
+/// Why a peer's tunnel or stream is refused that leaves too little to others.
+const GREEDY: &str = "this identity holds as many of the agent's connections as are left for all others";
 /// Linux's default range of source ports.
 const SOURCE_PORTS: std::ops::Range<u16> = 32_768..61_000;
 
@@ -60,6 +62,8 @@ pub struct Inbound {
     /// By identity; each is for one certificate and one bundle of roots.
     server_configs: Mutex<HashMap<SpiffeId, (u64, Arc<str>, Arc<ServerConfig>)>>,
     strangers: Arc<Antechamber>,
+    /// The tunnels and streams that each peer's workloads hold, over all pods.
+    peers: Arc<Shares<SpiffeId>>,
 }
 
 /// What a connection is refused for.
@@ -86,7 +90,8 @@ impl Inbound {
     ) -> Arc<Self> {
         let open = Arc::new(OpenConnections::default());
         let strangers = Antechamber::new(STRANGERS);
-        Arc::new(Self { snapshots, svids, open, observer, drain, form, server_configs: Mutex::default(), strangers })
+        let (server_configs, peers) = (Mutex::default(), Shares::new());
+        Arc::new(Self { snapshots, svids, open, observer, drain, form, server_configs, strangers, peers })
     }
 
     /// Serves the tunnels that peers open to `pod`, until the pod leaves the mesh or the agent stops.
@@ -182,6 +187,14 @@ impl Inbound {
                 };
                 return self.observer.fail(&info, error.reason(), &error);
             }
+        };
+        let Some(_share) = self.peers.take(&accepted.source, permits.free()) else {
+            let info = ConnectionInfo {
+                destination: Some(pod.workload()),
+                source_identity: Some(accepted.source),
+                ..ConnectionInfo::new(Direction::Inbound, source, local)
+            };
+            return self.observer.fail(&info, CloseReason::Overloaded, &GREEDY);
         };
         let _counted = self.observer.metrics().tunnel(Side::Server);
         let peer = Peer { identity: accepted.source, addr: source, local, roots };

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tracing::debug;
 
 use super::open::Registered;
-use super::{Inbound, Refusal};
+use super::{GREEDY, Inbound, Refusal};
 use crate::capture::LocalPod;
 use crate::model::{CloseReason, Flow, SpiffeId};
 use crate::observe::{ConnectionInfo, Direction, Security};
@@ -63,12 +63,16 @@ impl Inbound {
             };
             match request {
                 Some(Ok(request)) => {
+                    let Some(share) = self.peers.take(&peer.identity, permits.free()) else {
+                        self.crowded(&pod, &peer, request, GREEDY);
+                        continue;
+                    };
                     let Some(permit) = permits.take() else {
-                        self.crowded(&pod, &peer, request);
+                        self.crowded(&pod, &peer, request, "the agent holds as many connections as its descriptors allow");
                         continue;
                     };
                     let (inbound, pod, peer) = (Arc::clone(&self), Arc::clone(&pod), peer.clone());
-                    self.drain.spawn(async move { inbound.hbone_stream(&pod, &peer, request).await }, permit);
+                    self.drain.spawn(async move { inbound.hbone_stream(&pod, &peer, request).await }, (permit, share));
                 }
                 Some(Err(error)) => {
                     debug!(peer = %peer.addr, %error, "tunnel broke");
@@ -175,9 +179,9 @@ impl Inbound {
         single::reunite(source, sink)
     }
 
-    fn crowded(&self, pod: &LocalPod, peer: &Peer, request: OpenRequest) {
+    fn crowded(&self, pod: &LocalPod, peer: &Peer, request: OpenRequest, why: &str) {
         let info = self.describe(pod, peer, request.destination().unwrap_or(peer.local));
-        self.observer.fail(&info, CloseReason::Overloaded, &"the agent holds as many connections as its descriptors allow");
+        self.observer.fail(&info, CloseReason::Overloaded, &why);
         request.refuse(CloseReason::Overloaded);
     }
 
