@@ -156,7 +156,8 @@ async fn press_here(
     authority: SocketAddr,
     (streams, bytes): (usize, usize),
 ) -> Result<usize, Refused> {
-    let tls = TlsConnector::from(client_config(Some(credentials))).connect(ServerName::from(to.ip()), TcpStream::connect(to).await?);
+    let tls =
+        TlsConnector::from(client_config(Some(credentials))).connect(ServerName::from(to.ip()), TcpStream::connect(to).await?);
     let (mut requests, connection) = client::handshake(tls.await?).await?;
     let _driven = tokio::spawn(connection);
     let taken = Arc::new(AtomicUsize::new(0));

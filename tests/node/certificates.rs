@@ -159,7 +159,11 @@ fn a_tunnel_carries_nothing_new_once_a_root_of_its_day_is_withdrawn() {
             assert_eq!(handshakes(), before, "{form}: the tunnel is warm");
             std::fs::write(file, &roots[0]).expect("a file");
             let renewed = || converse() && handshakes() > before;
-            eventually_within(Duration::from_secs(20), &format!("{form}: the {side} wants to see the certificate again"), renewed);
+            eventually_within(
+                Duration::from_secs(20),
+                &format!("{form}: the {side} wants to see the certificate again"),
+                renewed,
+            );
         }
     }
 }

@@ -86,12 +86,7 @@ struct Keys {
 
 impl TlsStream {
     /// A connection that has just been made. `received` is what came behind the handshake.
-    pub(super) fn new(
-        stream: TcpStream,
-        secrets: &ExtractedSecrets,
-        kernel: Kernel,
-        received: &[u8],
-    ) -> Result<Self, Unusable> {
+    pub(super) fn new(stream: TcpStream, secrets: &ExtractedSecrets, kernel: Kernel, received: &[u8]) -> Result<Self, Unusable> {
         let stream = Arc::new(stream);
         let keys = Arc::new(Keys { kernel: Mutex::new(kernel), update_wanted: AtomicBool::new(false) });
         let mut reader = RecordReader {
