@@ -12,18 +12,20 @@ use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use futures_util::task::AtomicWaker;
 use h2::{Reason, RecvStream, SendStream, client, server};
 use http::{HeaderName, Method, Request, Response, StatusCode};
+use tokio::time::{Instant, Sleep, sleep};
 use tracing::{Instrument as _, debug};
 
 mod windows;
 
 use self::windows::{Flow, Still, Windows};
-use super::TunnelError;
 use super::tls_stream::TlsStream;
+use super::{ACCEPTED_IDLE, TunnelError};
 use crate::model::CloseReason;
 use crate::relay::buffer::{Buffer, Size};
 use crate::relay::{Broken, Fault, Sink, Slices, Source};
@@ -42,6 +44,9 @@ const SMALL_FRAMES: usize = 2 << 20;
 pub const STREAMS: u32 = 100;
 /// Fewer bytes than this are copied, so that they don't keep a whole buffer while they wait.
 const SMALL_CHUNK: usize = 4 * 1024;
+/// An idle tunnel is looked at so many times before it ends, and so often.
+const IDLE_PARTS: u32 = 5;
+const IDLE_PART: Duration = Duration::from_secs(ACCEPTED_IDLE.as_secs() / (IDLE_PARTS as u64 - 1));
 /// Names the reason of a refusal, in the words of the access log. Other implementations skip it.
 const REASON: HeaderName = HeaderName::from_static("culvert-close-reason");
 
@@ -81,6 +86,13 @@ pub struct Inbound {
     connection: server::Connection<TlsStream, Bytes>,
     windows: Windows,
     shared: Arc<Shared>,
+    idle: Idle,
+}
+
+/// For how long a tunnel has carried nothing, in parts of [`ACCEPTED_IDLE`].
+struct Idle {
+    parts: u32,
+    part: Pin<Box<Sleep>>,
 }
 
 /// A peer's wish to open a stream.
@@ -315,11 +327,11 @@ impl Inbound {
             .max_header_list_size(16 * 1024)
             .handshake(io)
             .await?;
-        Ok(Self { connection, windows, shared: Arc::default() })
+        Ok(Self { connection, windows, shared: Arc::default(), idle: Idle { parts: 0, part: Box::pin(sleep(IDLE_PART)) } })
     }
 
-    /// The peer's next wish; none when the tunnel has ended in order. Must be called until then: it drives all the streams. Cancel
-    /// safe.
+    /// The peer's next wish; none when the tunnel has ended in order, or has carried nothing for too long. Must be called until then: it
+    /// drives all the streams. Cancel safe.
     ///
     /// # Errors
     /// [`TunnelError::Broken`] when the tunnel breaks.
@@ -331,8 +343,12 @@ impl Inbound {
         self.shared.connection.register(cx.waker());
         loop {
             self.shared.adapt(&mut self.windows, &mut self.connection);
+            if self.poll_idle(cx).is_ready() {
+                return Poll::Ready(None);
+            }
             // What is polled is the connection: it has no state beside it.
             if let Poll::Ready(accepted) = pin!(self.connection.accept()).poll(cx) {
+                self.idle.parts = 0;
                 let place = |(request, respond)| OpenRequest { request, respond, place: Place::one_more(&self.shared) };
                 return Poll::Ready(accepted.map(|accepted| accepted.map(place).map_err(TunnelError::from)));
             }
@@ -340,6 +356,21 @@ impl Inbound {
                 return Poll::Pending;
             }
         }
+    }
+
+    /// Ends an idle tunnel: the peer is told first, and has a while to take note.
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.idle.part.as_mut().poll(cx).is_ready() {
+            self.idle.part.as_mut().reset(Instant::now() + IDLE_PART);
+            let idle = self.shared.streams.load(Ordering::Relaxed) == 0;
+            self.idle.parts = if idle { self.idle.parts + 1 } else { 0 };
+            match self.idle.parts {
+                ..IDLE_PARTS => {}
+                IDLE_PARTS => self.drain(),
+                _ => return Poll::Ready(()),
+            }
+        }
+        Poll::Pending
     }
 
     /// Takes no more streams; those that are open go on.

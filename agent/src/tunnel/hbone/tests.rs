@@ -1,5 +1,3 @@
-use std::time::Duration;
-
 use super::*;
 use crate::tunnel::tls_stream::tests::{Bytes as Given, ours};
 
@@ -31,7 +29,10 @@ async fn open(near: &Outbound, far: &mut Inbound) -> Ends {
             accepted = Some(request.accept().unwrap());
         }
     };
-    let opened = within(async { tokio::select! { opened = opening => opened.unwrap(), () = accepting => unreachable!() } }).await;
+    let opened = within(async {
+        tokio::select! { opened = opening => opened.unwrap(), () = accepting => unreachable!() }
+    })
+    .await;
     (opened, accepted.expect("was asked"))
 }
 
@@ -133,9 +134,7 @@ async fn streams_that_nobody_reads_hold_little_and_hold_no_other_up() {
         });
     }
     tokio::time::sleep(Duration::from_millis(300)).await;
-    let held = || -> usize {
-        stalled.iter().map(|source| source.lock().unwrap().stream.flow_control().used_capacity()).sum()
-    };
+    let held = || -> usize { stalled.iter().map(|source| source.lock().unwrap().stream.flow_control().used_capacity()).sum() };
     let before = held();
     assert!((64 << 10..2 << 20).contains(&before), "{before} bytes are held");
 
@@ -193,4 +192,20 @@ async fn a_peer_that_reads_nothing_is_sent_little_whatever_its_windows() {
     }
     assert!((UNSENT / 2..3 * UNSENT).contains(&most), "{most} bytes wait");
     drop((kept, connection));
+}
+
+#[tokio::test]
+async fn an_accepted_tunnel_ends_when_it_has_carried_nothing_for_long() {
+    let (near, mut far) = tunnel().await;
+    let (ends, peers_ends) = open(&near, &mut far).await;
+    tokio::time::pause();
+    let hour = tokio::time::timeout(Duration::from_secs(3600), far.next()).await;
+    assert!(hour.is_err() && !near.closed(), "it carries a stream");
+    drop((ends, peers_ends));
+    let started = tokio::time::Instant::now();
+    // The peer may be faster to close.
+    assert!(!matches!(far.next().await, Some(Ok(_))));
+    let idle = started.elapsed();
+    assert!(idle >= ACCEPTED_IDLE && idle < ACCEPTED_IDLE + 2 * IDLE_PART, "after {idle:?}");
+    assert!(near.place().is_none(), "the peer has been told");
 }
