@@ -57,12 +57,14 @@ pub struct Outbound {
     form: TunnelForm,
 }
 
-/// Who speaks to whom, under which certificate.
+/// Who speaks to whom, under which certificate, and who is believed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TunnelKey {
     source: SpiffeId,
     source_pod: Arc<str>,
     generation: u64,
+    /// The fingerprint of the roots that the destination's certificate chained to: one of them may have been withdrawn since.
+    roots: Arc<str>,
     destination: SpiffeId,
     peer: PeerAddr,
 }
@@ -131,9 +133,10 @@ impl Outbound {
     pub fn sweep(&self) {
         let snapshot = Arc::clone(&self.snapshots.borrow());
         // Whoever is there by now does not know of the tunnel, and who was there may not have been able to say farewell.
+        let roots = Arc::clone(&self.svids.bundle().borrow().fingerprint);
         self.pool.retire(|key| {
             let there = snapshot.workload_at(key.peer.0.ip());
-            there.is_none_or(|workload| workload.identity != key.destination)
+            key.roots != roots || there.is_none_or(|workload| workload.identity != key.destination)
         });
         self.pool.sweep(Instant::now());
         self.robin.sweep(&snapshot);
@@ -231,15 +234,16 @@ impl Outbound {
     ) -> Result<Stream, Failure> {
         let svid = self.svids.wait(&source.identity, IDENTITY_DEADLINE).await?;
         let peer = PeerAddr(SocketAddr::new(open.destination.ip(), HBONE_PORT));
+        let bundle = Arc::clone(&self.svids.bundle().borrow());
         let key = TunnelKey {
             source: source.identity.clone(),
             source_pod: Arc::clone(&source.uid),
             generation: svid.generation,
+            roots: Arc::clone(&bundle.fingerprint),
             destination: destination.identity.clone(),
             peer,
         };
         let dial = || async {
-            let bundle = Arc::clone(&self.svids.bundle().borrow());
             let config = tls::client_config(&svid, &bundle, vec![destination.identity.clone()], self.form.alpn())?;
             let socket = pod_socket(pod, peer.0).map_err(|source| TunnelError::Connect { peer: peer.0, source })?;
             let connected = passthrough::connect(socket, peer.0).await;

@@ -91,11 +91,43 @@ impl Drop for Registered {
     fn drop(&mut self) {
         let mut pods = self.open.lock();
         let Some(entries) = pods.get_mut(&self.pod) else { return };
-        if let Some(Entry { flow, .. }) = entries.by_id.remove(&self.id) {
+        // A stream's source port is the peer's word: it must not free what a plaintext connection holds.
+        if let Some(Entry { flow, .. }) = entries.by_id.remove(&self.id)
+            && flow.source_identity.is_none()
+        {
             entries.plaintext.remove(&(flow.source, flow.destination));
         }
         if entries.by_id.is_empty() {
             pods.remove(&self.pod);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flow(identity: Option<&str>) -> Arc<Flow> {
+        let (source, destination) = ("10.0.0.1:4000".parse().unwrap(), "10.0.0.2:80".parse().unwrap());
+        Arc::new(Flow { source_identity: identity.map(|id| id.parse().unwrap()), source, destination })
+    }
+
+    #[test]
+    fn a_plaintext_connection_holds_its_addresses_whatever_tunnels_claim_to_come_from_there() {
+        let (open, pod) = (Arc::new(OpenConnections::default()), Arc::<str>::from("uid"));
+        let held = || {
+            let Flow { source, destination, .. } = *flow(None);
+            open.holds_plaintext(&pod, source, destination)
+        };
+        let tunnelled = || open.register(&pod, flow(Some("spiffe://cluster.local/ns/shop/sa/cart")));
+        let lasting = tunnelled();
+        assert!(!held(), "a stream is no plaintext connection");
+        let plaintext = open.register(&pod, flow(None));
+        drop(tunnelled());
+        assert!(held(), "the end of a stream has freed the addresses of a plaintext connection");
+        drop(plaintext);
+        assert!(!held());
+        drop(lasting);
+        assert!(open.lock().is_empty());
     }
 }
