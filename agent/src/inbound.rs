@@ -29,6 +29,7 @@ use crate::identity::SvidStore;
 use crate::limits::{Antechamber, Shares};
 use crate::model::{CloseReason, Flow, Mode, PeerAddr, Snapshot, SpiffeId, Verdict, Workload};
 use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Side};
+use crate::open_connections::{OpenConnections, Registered};
 use crate::policy::evaluate::evaluate;
 use crate::policy::explain::explain;
 use crate::relay::{Sink, Source, relay, tcp};
@@ -36,10 +37,8 @@ use crate::serve::{Permits, serve};
 use crate::tunnel::accept::Form;
 use crate::tunnel::{TunnelError, TunnelForm, accept, tls};
 
-pub mod open;
 mod streams;
 
-use open::{OpenConnections, Registered};
 use streams::Peer;
 
 /// How long a peer waits for the pod's certificate.

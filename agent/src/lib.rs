@@ -17,6 +17,7 @@ pub mod limits;
 pub mod model;
 pub mod node;
 pub mod observe;
+pub mod open_connections;
 pub mod outbound;
 pub mod policy;
 pub mod proto;

@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use tracing::debug;
 
-use super::open::Registered;
 use super::{GREEDY, Inbound, Refusal};
 use crate::capture::LocalPod;
 use crate::model::{CloseReason, Flow, SpiffeId};
 use crate::observe::{ConnectionInfo, Direction, Security};
+use crate::open_connections::Registered;
 use crate::relay::tcp;
 use crate::serve::Permits;
 use crate::tunnel::hbone::{self, OpenRequest};

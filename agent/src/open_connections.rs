@@ -1,4 +1,5 @@
-//! The open connections to this node's pods, so that a change of policy can close those that it denies.
+//! The open connections of this node's pods, so that each can be called off: those to a pod that a change of policy denies, and all
+//! of a pod that is gone.
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -39,7 +40,7 @@ pub struct Registered {
 }
 
 impl OpenConnections {
-    /// Enters a connection to the pod of this UID. To be done before its verdict is asked for, so that no change of policy falls
+    /// Enters a connection of the pod of this UID. To be done before its verdict is asked for, so that no change of policy falls
     /// between the two.
     #[must_use]
     pub fn register(self: &Arc<Self>, pod: &Arc<str>, flow: Arc<Flow>) -> Registered {
@@ -67,7 +68,7 @@ impl OpenConnections {
         closed
     }
 
-    /// Ends all connections to a pod.
+    /// Ends all connections of a pod.
     pub fn close_all(&self, pod: &str, reason: CloseReason) {
         for entry in self.lock().get(pod).into_iter().flat_map(|entries| entries.by_id.values()) {
             entry.cancel.cancel(reason);
