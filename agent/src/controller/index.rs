@@ -48,6 +48,8 @@ pub struct MeshSettings {
     pub cluster_domain: String,
     /// Deny what no ALLOW policy covers.
     pub default_deny: bool,
+    /// Ranges of the cluster's addresses beside those that nodes declare.
+    pub cluster_ranges: Vec<IpNet>,
     /// Namespaces whose pods are never in the mesh, whatever labels say.
     pub excluded_namespaces: BTreeSet<String>,
 }
