@@ -104,7 +104,7 @@ fn two_thousand_connections_are_open_at_once_and_each_is_its_own(forms: [&str; 2
 const STOPPED: usize = 8;
 /// What one connection may take in without anybody reading, and the agents' memory grow by for it, in bytes: the buffers of the
 /// sockets between the two applications are the kernel's, at most 6 MiB each by default.
-const HELD: usize = 40 << 20;
+const HELD: usize = 64 << 20;
 const GROWTH: u64 = 12 << 20;
 
 fn a_reader_that_stops_stops_its_writer_and_fills_no_memory(forms: [&str; 2]) {
