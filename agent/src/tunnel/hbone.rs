@@ -537,10 +537,14 @@ impl HboneSink {
     /// Hands what was taken to the tunnel, as its window allows.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         while !self.pending.is_empty() {
-            self.stream.reserve_capacity(self.pending.len());
-            let capacity = ready!(self.stream.poll_capacity(cx));
-            let capacity = capacity.ok_or_else(|| Broken(io::ErrorKind::BrokenPipe.into()))?.map_err(broken)?;
             let room = ready!(self.place.poll_room(cx));
+            self.stream.reserve_capacity(self.pending.len());
+            // Each capacity is told once, and not all of it may have been used.
+            while self.stream.capacity() == 0 {
+                let told = ready!(self.stream.poll_capacity(cx));
+                told.ok_or_else(|| Broken(io::ErrorKind::BrokenPipe.into()))?.map_err(broken)?;
+            }
+            let capacity = self.stream.capacity();
             let part = self.pending.split_to(capacity.min(room).min(self.pending.len()));
             self.stream.send_data(self.place.unsent(part), false).map_err(broken)?;
         }

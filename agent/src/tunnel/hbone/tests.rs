@@ -209,3 +209,27 @@ async fn an_accepted_tunnel_ends_when_it_has_carried_nothing_for_long() {
     assert!(idle >= ACCEPTED_IDLE && idle < ACCEPTED_IDLE + 2 * IDLE_PART, "after {idle:?}");
     assert!(near.place().is_none(), "the peer has been told");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn streams_that_wait_for_the_connection_go_on_when_it_does() {
+    let (near, far) = tunnel().await;
+    let mut accepted = accept_all(far);
+    let much: &'static [u8] = vec![7; 4 << 20].leak();
+    let (mut sending, mut receiving) = (tokio::task::JoinSet::new(), tokio::task::JoinSet::new());
+    for _ in 0..20 {
+        let place = near.place().expect("room");
+        let (source, mut sink) = within(near.open(place, TO.parse().unwrap())).await.unwrap();
+        sending.spawn(async move {
+            write(&mut sink, much).await;
+            within(poll_fn(|cx| sink.poll_finish(cx))).await.unwrap();
+            (source, sink)
+        });
+        let (mut source, back) = within(accepted.recv()).await.unwrap();
+        receiving.spawn(async move {
+            let (seen, in_order) = read_to_end(&mut source).await;
+            assert!(seen.len() == much.len() && in_order, "{} bytes, in order: {in_order}", seen.len());
+            (source, back)
+        });
+    }
+    let _ends = (receiving.join_all().await, sending.join_all().await);
+}
