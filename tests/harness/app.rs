@@ -126,9 +126,9 @@ pub fn converse(pod: &Namespace, to: SocketAddr, marker: &str) -> io::Result<See
 /// As the application sees it; an early end is [`io::ErrorKind::UnexpectedEof`].
 pub fn converse_over(mut stream: TcpStream, marker: &str) -> io::Result<Seen> {
     stream.set_read_timeout(Some(PATIENCE))?;
-    let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
+    let (local, peer) = (stream.local_addr()?, stream.peer_addr().map_err(|error| cause(&stream, error))?);
     stream.write_all(marker.as_bytes())?;
-    stream.shutdown(std::net::Shutdown::Write)?;
+    stream.shutdown(std::net::Shutdown::Write).map_err(|error| cause(&stream, error))?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let (client, echoed) = answer.split_once('\n').ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -137,6 +137,12 @@ pub fn converse_over(mut stream: TcpStream, marker: &str) -> io::Result<Seen> {
     }
     let client = client.parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
     Ok(Seen { local, peer, client })
+}
+
+/// What ended a connection that is none any more.
+fn cause(stream: &TcpStream, error: io::Error) -> io::Error {
+    let told = if error.kind() == io::ErrorKind::NotConnected { stream.take_error().ok().flatten() } else { None };
+    told.unwrap_or(error)
 }
 
 /// Ends a connection by a reset.

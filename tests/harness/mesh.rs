@@ -17,6 +17,18 @@ use crate::{Capture, Metrics, PATIENCE, Process, cgroup, eventually, eventually_
 
 /// The nodes' names.
 pub const NODES: [&str; 2] = ["a", "b"];
+/// The ranges of pods' addresses, on both nodes: all of the fabric's but where the nodes' own are.
+const POD_RANGES: [&str; 9] = [
+    "10.77.1.0/24",
+    "10.77.2.0/23",
+    "10.77.4.0/22",
+    "10.77.8.0/21",
+    "10.77.16.0/20",
+    "10.77.32.0/19",
+    "10.77.64.0/18",
+    "10.77.128.0/17",
+    "\"fd77::1:0/112\"",
+];
 
 /// Two nodes, their pods, a controller and two agents.
 #[derive(Debug)]
@@ -114,7 +126,10 @@ impl Mesh {
             mesh.fabric.ip(&format!("link set n{name} master br0"));
             mesh.fabric.ip(&format!("link set n{name} up"));
             mesh.nodes.push(node);
-            let object = format!("apiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\n");
+            let object = format!(
+                "apiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\nspec: {{podCIDRs: [{}]}}\n",
+                POD_RANGES.join(", ")
+            );
             mesh.apply(&format!("node-{name}"), &object);
         }
         mesh

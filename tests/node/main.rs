@@ -33,5 +33,6 @@ mod start_race;
 mod telemetry;
 mod transparency;
 mod tunnel_forms;
+mod unknown_addresses;
 mod unreadable_policy;
 mod volume;

@@ -35,6 +35,15 @@ impl Mesh {
         self.dir.join(NODES[node]).join("bpf").join(NODES[node]).join("v1")
     }
 
+    /// Sends the controller a signal.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn signal_controller(&self, signal: Signal) {
+        let controller = self.controller.as_ref().expect("the controller was started");
+        kill(Pid::from_raw(controller.id().cast_signed()), signal).expect("the controller runs");
+    }
+
     /// Sends the agent of a node a signal.
     ///
     /// # Panics
