@@ -99,17 +99,32 @@ impl Forge {
     #[must_use]
     pub fn make(&self, wanted: &Wanted) -> Credentials {
         let key = KeyPair::generate().expect("a key");
-        let mut params = CertificateParams::default();
-        params.distinguished_name = DistinguishedName::new();
-        params.subject_alt_names.clone_from(&wanted.names);
-        params.not_before = OffsetDateTime::now_utc() + time::Duration::seconds(wanted.valid.0);
-        params.not_after = OffsetDateTime::now_utc() + time::Duration::seconds(wanted.valid.1);
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        let leaf = params.signed_by(&key, &self.issuer).expect("a certificate");
+        let leaf = leaf(wanted).signed_by(&key, &self.issuer).expect("a certificate");
         let key = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
         Credentials { chain: vec![leaf.der().clone(), self.root.clone()], key }
     }
+}
+
+/// Makes what is wanted, signed by its own key: there is no root to it.
+///
+/// # Panics
+/// When the library cannot.
+#[must_use]
+pub fn self_signed(wanted: &Wanted) -> Credentials {
+    let key = KeyPair::generate().expect("a key");
+    let leaf = leaf(wanted).self_signed(&key).expect("a certificate");
+    Credentials { chain: vec![leaf.der().clone()], key: PrivatePkcs8KeyDer::from(key.serialize_der()).into() }
+}
+
+fn leaf(wanted: &Wanted) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.subject_alt_names.clone_from(&wanted.names);
+    params.not_before = OffsetDateTime::now_utc() + time::Duration::seconds(wanted.valid.0);
+    params.not_after = OffsetDateTime::now_utc() + time::Duration::seconds(wanted.valid.1);
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    params
 }
 
 impl std::fmt::Debug for Forge {

@@ -1,6 +1,6 @@
 //! Promise: who cannot prove to be the workload that is meant is refused, on either side, with a log line, a count and a reset.
 
-use harness::forge::{Credentials, Forge, Wanted};
+use harness::forge::{Credentials, Forge, Wanted, self_signed};
 use harness::mesh::manifest;
 use harness::peer::{self, Refused};
 use harness::{Mesh, MeshSpec, PodSpec, app, eventually};
@@ -18,6 +18,7 @@ fn rogues(mesh: &Mesh, id: &str) -> Vec<(&'static str, Credentials)> {
         ("it is not valid before", right.make(&Wanted::workload(id).valid(3600, 7200))),
         // Its root has the right name and the wrong key.
         ("its chain does not verify", nobody.make(&Wanted::workload(id))),
+        ("it chains to none of the trusted roots", self_signed(&Wanted::workload(id))),
         ("has 0 URI names", right.make(&Wanted::host("server.shop.svc"))),
         ("elsewhere.example", right.make(&Wanted::workload(&elsewhere))),
     ]
@@ -51,6 +52,32 @@ fn a_client_that_proves_nothing_is_refused_and_one_that_does_is_served() {
     eventually("the lack of a certificate is counted", || refusals() > before);
     assert!(mesh.log("agent-b").contains("the peer presented no certificate"));
     assert!(served(good()), "a good certificate is served after all of these");
+}
+
+#[test]
+fn a_client_is_who_its_certificate_says_and_nobody_else() {
+    let mut mesh = Mesh::start();
+    let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
+    app::server(&server.netns, PORT, app::echo);
+    let stranger = mesh.pod(PodSpec { name: "stranger", namespace: "shop", node: 0, enrolled: false });
+    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: client-only, namespace: shop}\n\
+                  spec: {rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/client]}}]}]}\n";
+    mesh.apply("client-only", policy);
+    mesh.await_policy("shop", Some("client-only"));
+    let dial = |id: &str| {
+        let credentials = Forge::of_controller(&mesh).make(&Wanted::workload(id));
+        peer::dial(&stranger.netns, server.v4, Some(credentials), server.at(false, PORT), "hello")
+    };
+    eventually("the workload that is allowed is served", || dial(CLIENT).is_ok_and(|answer| answer.ends_with("\nhello")));
+    for other in ["spiffe://cluster.local/ns/shop/sa/other", "spiffe://cluster.local/ns/street/sa/client"] {
+        assert_eq!(dial(other), Err(Refused::Status(401)), "{other}");
+        let identity = format!("src.identity={other} ");
+        eventually("the refusal is logged", || {
+            let log = mesh.log("agent-b");
+            log.lines().any(|line| line.contains(&identity) && line.contains("reason=\"policy_denied\""))
+        });
+    }
+    assert!(dial(CLIENT).is_ok(), "the workload that is allowed is served after all of these");
 }
 
 #[test]
