@@ -10,6 +10,7 @@ use crate::maps::OUTCOMES;
 pub(crate) const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
 const ECONNREFUSED: i32 = 111;
+const ENETUNREACH: i32 = 101;
 
 /// Set by the loader where the kernel has `bpf_set_retval` (Linux 5.18). Without it a refused `connect` says EPERM.
 #[unsafe(no_mangle)]
@@ -21,7 +22,9 @@ pub(crate) fn of_connect(outcome: Outcome) -> i32 {
     count(outcome);
     match outcome {
         Outcome::Captured | Outcome::PassedOutside | Outcome::PassedLocal | Outcome::PassedAgent => ALLOW,
-        _ => refuse(),
+        // What a pod without an address of that family hears without a mesh.
+        Outcome::RefusedNoRoom => refuse(ENETUNREACH),
+        _ => refuse(ECONNREFUSED),
     }
 }
 
@@ -41,11 +44,11 @@ pub(crate) fn of_lookup(outcome: Outcome) -> u32 {
 }
 
 #[inline(always)]
-fn refuse() -> i32 {
+fn refuse(error: i32) -> i32 {
     // SAFETY: a read of this program's own read-only data; volatile, because the loader may have set it.
     if unsafe { core::ptr::read_volatile(&HAS_SET_RETVAL) } != 0 {
         // SAFETY: the helper takes a plain number.
-        unsafe { bpf_set_retval(-ECONNREFUSED) };
+        unsafe { bpf_set_retval(-error) };
     }
     REFUSE
 }
