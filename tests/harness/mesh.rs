@@ -10,7 +10,7 @@ use std::time::Duration;
 mod control;
 mod place;
 
-pub use place::{Pod, PodSpec, addresses, link_address, manifest};
+pub use place::{Families, Pod, PodSpec, addresses, link_address, manifest, manifest_of};
 
 use crate::netns::Namespace;
 use crate::{Capture, Metrics, PATIENCE, Process, cgroup, eventually, eventually_within};

@@ -28,6 +28,7 @@ mod programs;
 mod renewal;
 mod services;
 mod shared_kernel;
+mod single_stack;
 mod sockets;
 mod start_race;
 mod telemetry;

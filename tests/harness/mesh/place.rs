@@ -9,6 +9,9 @@ use super::{Mesh, NODES};
 use crate::eventually;
 use crate::netns::Namespace;
 
+/// Addresses that no pod has a way to.
+const NOWHERE: (Ipv4Addr, Ipv6Addr) = (Ipv4Addr::new(192, 0, 2, 1), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1));
+
 /// A pod to be made.
 #[derive(Clone, Copy, Debug)]
 pub struct PodSpec<'a> {
@@ -22,14 +25,25 @@ pub struct PodSpec<'a> {
     pub enrolled: bool,
 }
 
+/// The address families that a pod has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Families {
+    /// Both.
+    Both,
+    /// IPv4 only.
+    V4,
+    /// IPv6 only.
+    V6,
+}
+
 /// A pod that is there.
 #[derive(Debug)]
 pub struct Pod {
     /// Its network namespace.
     pub netns: Namespace,
-    /// Its IPv4 address.
+    /// Its IPv4 address. One of IPv6 only would have it, but has not.
     pub v4: IpAddr,
-    /// Its IPv6 address.
+    /// Its IPv6 address. One of IPv4 only would have it, but has not.
     pub v6: IpAddr,
     mount: PathBuf,
 }
@@ -73,13 +87,24 @@ pub fn link_address(number: u16) -> String {
 /// The manifest of a pod at the addresses of this number.
 #[must_use]
 pub fn manifest(spec: PodSpec<'_>, number: u16) -> String {
+    manifest_of(spec, number, Families::Both)
+}
+
+/// The same, of a pod that may have one family only.
+#[must_use]
+pub fn manifest_of(spec: PodSpec<'_>, number: u16, families: Families) -> String {
     let PodSpec { name, namespace, node, enrolled } = spec;
     let ((v4, v6), label) = (addresses(number), if enrolled { "enabled" } else { "disabled" });
+    let (first, all) = match families {
+        Families::Both => (v4.to_string(), format!("{{ip: {v4}}}, {{ip: \"{v6}\"}}")),
+        Families::V4 => (v4.to_string(), format!("{{ip: {v4}}}")),
+        Families::V6 => (format!("\"{v6}\""), format!("{{ip: \"{v6}\"}}")),
+    };
     format!(
         "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, \
          labels: {{app: {name}, culvert.dev/mesh: {label}}}}}\n\
          spec: {{nodeName: {}, serviceAccountName: {name}, containers: [{{name: app, image: none}}]}}\n\
-         status: {{phase: Running, podIP: {v4}, podIPs: [{{ip: {v4}}}, {{ip: \"{v6}\"}}], \
+         status: {{phase: Running, podIP: {first}, podIPs: [{all}], \
          conditions: [{{type: Ready, status: \"True\"}}]}}\n",
         NODES[node]
     )
@@ -91,17 +116,37 @@ impl Mesh {
     /// # Panics
     /// When it cannot be made, or is not enrolled in time.
     pub fn pod(&mut self, spec: PodSpec<'_>) -> Pod {
-        let PodSpec { name, node, enrolled, .. } = spec;
         let pod = self.place(spec);
-        // Both agents see all processes of this kernel: each has to learn that the namespace is a pod, or none of its own.
         let outside = SocketAddr::from(([10, 77, 0, 1], 15012));
-        eventually(&format!("{name} may connect"), || crate::app::connect(&pod.netns, outside).is_ok());
+        self.await_pod(spec, || crate::app::connect(&pod.netns, outside).is_ok());
+        pod
+    }
+
+    /// The same, of a pod that may have one family only.
+    ///
+    /// # Panics
+    /// When it cannot be made, or is not enrolled in time.
+    pub fn pod_of(&mut self, spec: PodSpec<'_>, families: Families) -> Pod {
+        self.pods += 1;
+        self.apply(&format!("pod-{}", spec.name), &manifest_of(spec, self.pods, families));
+        let pod = self.place_unplugged(spec, self.pods);
+        self.plug_into(&pod, spec.node, self.pods, families);
+        // There is no way there, which the network says only of a connection that nobody has refused before.
+        let outside = SocketAddr::new(if families == Families::V6 { NOWHERE.1.into() } else { NOWHERE.0.into() }, 9);
+        let lost = |error: std::io::Error| error.kind() == std::io::ErrorKind::NetworkUnreachable;
+        self.await_pod(spec, || crate::app::connect(&pod.netns, outside).is_err_and(lost));
+        pod
+    }
+
+    /// Waits until a pod may connect, and is enrolled if it is in the mesh.
+    fn await_pod(&self, PodSpec { name, node, enrolled, .. }: PodSpec<'_>, may_connect: impl Fn() -> bool) {
+        // Both agents see all processes of this kernel: each has to learn that the namespace is a pod, or none of its own.
+        eventually(&format!("{name} may connect"), may_connect);
         if enrolled {
             let log = format!("agent-{}", NODES[node]);
             let lines = [format!("pod enrolled pod={name} "), format!("\"message\":\"pod enrolled\",\"pod\":\"{name}\"")];
             eventually(&format!("{name} is enrolled"), || lines.iter().any(|line| self.log(&log).contains(line)));
         }
-        pod
     }
 
     /// Makes a pod, and waits for nothing.
@@ -150,14 +195,22 @@ impl Mesh {
     }
 
     /// Gives a pod its network: a veth to its node's bridge, and the addresses of this number.
-    pub fn plug(&self, Pod { netns, v4, v6, .. }: &Pod, node: usize, number: u16) {
+    pub fn plug(&self, pod: &Pod, node: usize, number: u16) {
+        self.plug_into(pod, node, number, Families::Both);
+    }
+
+    fn plug_into(&self, Pod { netns, v4, v6, .. }: &Pod, node: usize, number: u16, families: Families) {
         let (address, far) = (link_address(number), self.nodes[node].name());
         netns.ip(&format!("link add eth0 address {address} type veth peer name v{number} netns {far}"));
         self.nodes[node].ip(&format!("link set v{number} master br0"));
         self.nodes[node].ip(&format!("link set v{number} up"));
         netns.ip("link set eth0 up");
-        netns.ip(&format!("addr add {v4}/16 dev eth0"));
-        netns.ip(&format!("addr add {v6}/64 dev eth0 nodad"));
+        if families != Families::V6 {
+            netns.ip(&format!("addr add {v4}/16 dev eth0"));
+        }
+        if families != Families::V4 {
+            netns.ip(&format!("addr add {v6}/64 dev eth0 nodad"));
+        }
     }
 
     /// Takes a pod's namespace out of its node's directory, as a runtime does at the pod's end.
