@@ -111,6 +111,7 @@ impl Mesh {
             one_netns_dir: false,
             pods: 0,
         };
+        clear(&mesh.dir);
         fs::create_dir_all(mesh.dir.join("netns")).expect("a directory");
         for (number, name) in NODES.iter().enumerate() {
             fs::create_dir_all(mesh.dir.join(name).join("netns")).expect("a directory");
@@ -385,6 +386,16 @@ impl Drop for Mesh {
         }
         remove(&self.dir);
     }
+}
+
+/// Removes what a process of the same number has left, whose pods outlived their mesh.
+fn clear(dir: &Path) {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new).filter(|point| point.starts_with(dir));
+    for point in points {
+        let _gone_meanwhile = Command::new("umount").arg("--lazy").arg(point).output();
+    }
+    let _was_never_there = fs::remove_dir_all(dir);
 }
 
 fn remove(dir: &Path) {
