@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use harness::crowd::{Attempts, Crowd, Member, Order, PAUSE, delete_objects};
+use harness::crowd::{ATTEMPT, Attempts, Crowd, Member, Order, PAUSE, delete_objects};
 use harness::{Capture, Mesh, Pod, PodSpec, app, eventually, mesh};
 
 const PORT: u16 = 8080;
@@ -90,9 +90,10 @@ struct Seen {
 fn judge(members: &[Member], attempts: &[Vec<Attempts>], seen: &mut Seen) {
     for (member, attempts) in members.iter().zip(attempts) {
         let [strict, permissive] = attempts.as_slice() else { panic!("two targets") };
-        // A second is counted in attempts: a machine that is busy elsewhere holds up the clients, too.
+        // A second is counted in attempts: a machine that is busy elsewhere holds up the clients, too. One without an answer counts in full.
         let served = |attempts: &Attempts| {
-            let tried = PAUSE * u32::try_from(attempts.failures).unwrap_or(u32::MAX);
+            let times = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+            let tried = PAUSE * times(attempts.failures) + ATTEMPT * times(attempts.unanswered);
             attempts.reached.is_some_and(|wait| wait <= 3 * PATIENCE) && tried <= PATIENCE
         };
         if served(strict) != member.enrolled {
