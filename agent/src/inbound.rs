@@ -282,6 +282,8 @@ impl Inbound {
 
     fn permit(&self, workload: &Workload, flow: &Flow) -> Result<(), Refusal> {
         if strictly_refused(workload, flow) {
+            // It came before the kernel knew.
+            self.observer.metrics().plaintext_refused();
             let detail = format!("port {} takes mutual TLS only", flow.destination.port());
             return Err(Refusal { reason: CloseReason::PlaintextRefused, detail });
         }

@@ -218,5 +218,5 @@ fn plaintext_denials_and_refusals_are_counted_as_what_they_are() {
     assert!((0..5).all(|_| is_refused()));
     eventually("each is counted", || refused() == before + 5);
     let by_pair = [&of_plain[..], &["response_flags=\"plaintext_refused\""]].concat();
-    assert_eq!(at_server("istio_tcp_connections_failed_total", &by_pair), refused(), "by the pair as well");
+    eventually("by the pair as well", || at_server("istio_tcp_connections_failed_total", &by_pair) == refused());
 }
