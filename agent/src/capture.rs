@@ -62,6 +62,8 @@ pub struct LoadConfig {
     /// The cgroup v2 directory below which connections are captured. None: the root of the machine's tree, where a namespace that
     /// the agent has not seen is refused only while the agent runs.
     pub cgroup_root: Option<PathBuf>,
+    /// The names of processes that are kubelets.
+    pub kubelet_names: Vec<String>,
     /// The directory, on a bpffs or to be one, below which programs and maps are pinned, in a directory of the node's name: agents
     /// of several nodes on one kernel may share it.
     pub bpf_dir: PathBuf,

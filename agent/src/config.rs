@@ -37,6 +37,8 @@ pub struct AgentConfig {
     pub netns_dir: PathBuf,
     /// The root of the cgroup v2 tree; none: found from the mounts.
     pub cgroup_root: Option<PathBuf>,
+    /// By what names a kubelet runs on the node.
+    pub kubelet_names: Vec<String>,
     /// Where programs and maps are pinned, on a BPF file system.
     pub bpf_dir: PathBuf,
     /// Where metrics are served.
