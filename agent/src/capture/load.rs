@@ -68,6 +68,8 @@ pub(super) struct Loaded {
     pub(super) claimed_id: u32,
     /// Whether unseen namespaces are refused for ever, without the agent's doing.
     pub(super) dedicated: bool,
+    /// The cgroup that a kubelet keeps pods in, and nothing else.
+    pub(super) pods_cgroup: Option<PathBuf>,
 }
 
 /// The `sk_lookup` program, to be attached to each pod.
@@ -102,7 +104,8 @@ pub(super) fn load(config: &LoadConfig) -> Result<Loaded, CaptureError> {
     // Only now: the logger takes a map that the programs name until they are loaded.
     let program_log = program_log(&mut ebpf);
     let lookup = LookupProgram { ebpf: Arc::new(Mutex::new(ebpf)), pins: pins.join(PODS) };
-    Ok(Loaded { maps, lookup, events, program_log, own, claimed_id, dedicated: cgroup.dedicated })
+    let pods_cgroup = cgroup.node.is_some().then(|| cgroup.path().to_owned());
+    Ok(Loaded { maps, lookup, events, program_log, own, claimed_id, dedicated: cgroup.dedicated, pods_cgroup })
 }
 
 fn program_log(ebpf: &mut Ebpf) -> BoxFuture<'static, ()> {
