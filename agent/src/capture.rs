@@ -62,6 +62,10 @@ pub struct LoadConfig {
     /// The cgroup v2 directory below which connections are captured. None: the root of the machine's tree, where a namespace that
     /// the agent has not seen is refused only while the agent runs.
     pub cgroup_root: Option<PathBuf>,
+    /// Kubernetes namespaces whose pods never join, so that the controller need not be asked about them.
+    pub excluded_namespaces: Vec<String>,
+    /// The names of processes that are kubelets.
+    pub kubelet_names: Vec<String>,
     /// The directory, on a bpffs or to be one, below which programs and maps are pinned, in a directory of the node's name: agents
     /// of several nodes on one kernel may share it.
     pub bpf_dir: PathBuf,

@@ -37,6 +37,10 @@ pub struct AgentConfig {
     pub netns_dir: PathBuf,
     /// The root of the cgroup v2 tree; none: found from the mounts.
     pub cgroup_root: Option<PathBuf>,
+    /// Kubernetes namespaces whose pods never join.
+    pub excluded_namespaces: Vec<String>,
+    /// By what names a kubelet runs on the node.
+    pub kubelet_names: Vec<String>,
     /// Where programs and maps are pinned, on a BPF file system.
     pub bpf_dir: PathBuf,
     /// Where metrics are served.

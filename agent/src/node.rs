@@ -102,6 +102,8 @@ fn load_config(config: &AgentConfig) -> LoadConfig {
         node: config.node.as_str().into(),
         netns_dir: config.netns_dir.clone(),
         cgroup_root: config.cgroup_root.clone(),
+        excluded_namespaces: config.excluded_namespaces.clone(),
+        kubelet_names: config.kubelet_names.clone(),
         bpf_dir: config.bpf_dir.clone(),
     }
 }

@@ -14,7 +14,7 @@ use culvert_ebpf_common::{Address, Dispatch, Endpoint, Event, Flow, NamespaceSta
 
 use crate::maps::{self, AGENT_PROCESSES, CLAIMED, DESTINATIONS, NAMESPACES, SETTINGS, SOCKETS};
 
-const IPPROTO_TCP: u32 = 6;
+pub(crate) const IPPROTO_TCP: u32 = 6;
 const SOL_SOCKET: i32 = 1;
 const SO_MARK: i32 = 36;
 

@@ -13,6 +13,8 @@ mod connect;
 #[cfg(target_arch = "bpf")]
 mod getpeername;
 #[cfg(target_arch = "bpf")]
+mod kubelet;
+#[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
 mod outcome;
@@ -26,7 +28,7 @@ mod programs {
     use aya_ebpf::macros::{cgroup_sock_addr, sk_lookup, sock_ops};
     use aya_ebpf::programs::{SkLookupContext, SockAddrContext, SockOpsContext};
 
-    use crate::{connect, getpeername, outcome, sk_lookup, sock_ops};
+    use crate::{connect, getpeername, kubelet, outcome, sk_lookup, sock_ops};
 
     #[cgroup_sock_addr(connect4)]
     pub(crate) fn connect4(ctx: SockAddrContext) -> i32 {
@@ -53,6 +55,24 @@ mod programs {
     #[sock_ops]
     pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
         sock_ops::observe(&ctx);
+        1
+    }
+
+    #[cgroup_sock_addr(connect4)]
+    pub(crate) fn kubelet_connect4(ctx: SockAddrContext) -> i32 {
+        kubelet::note(&ctx);
+        outcome::ALLOW
+    }
+
+    #[cgroup_sock_addr(connect6)]
+    pub(crate) fn kubelet_connect6(ctx: SockAddrContext) -> i32 {
+        kubelet::note(&ctx);
+        outcome::ALLOW
+    }
+
+    #[sock_ops]
+    pub(crate) fn kubelet_sock_ops(ctx: SockOpsContext) -> u32 {
+        kubelet::observe(&ctx);
         1
     }
 

@@ -44,6 +44,18 @@ pub(crate) static CAPTURED: LruHashMap<Endpoint, Endpoint> = LruHashMap::with_ma
 #[map]
 pub(crate) static ATTESTED: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(131_072, 0);
 
+/// The names of kubelets' processes, as the kernel keeps them: 16 bytes, filled up with zeros. Written by the agent.
+#[map]
+pub(crate) static KUBELET_NAMES: HashMap<[u8; 16], u32> = HashMap::with_max_entries(16, 0);
+
+/// The kubelet's sockets that connect, by cookie. Written by `kubelet`'s `connect`; removed by its `sock_ops`.
+#[map]
+pub(crate) static KUBELET_SOCKETS: LruHashMap<u64, u32> = LruHashMap::with_max_entries(1024, 0);
+
+/// The kubelet's open connections. Written and removed by `kubelet`'s `sock_ops`; read by `sk_lookup`.
+#[map]
+pub(crate) static KUBELET_FLOWS: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(16_384, 0);
+
 /// What a pod's address and port take in plaintext; port 0 stands for every other port. An `Admission`. Written by the agent.
 #[map]
 pub(crate) static ADMISSIONS: HashMap<Endpoint, u32> = HashMap::with_max_entries(65_536, NO_PREALLOC);

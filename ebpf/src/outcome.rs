@@ -36,6 +36,7 @@ pub(crate) fn of_lookup(outcome: Outcome) -> u32 {
         Outcome::AdmittedDelivery
         | Outcome::AdmittedPlaintext
         | Outcome::AdmittedLocal
+        | Outcome::AdmittedProbe
         | Outcome::SteeredPlaintext
         | Outcome::SteeredTunnel
         | Outcome::SteeredCaptured => sk_action::SK_PASS,

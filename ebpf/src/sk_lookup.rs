@@ -1,7 +1,7 @@
 //! Socket lookup in a pod's network namespace: who takes a new connection to the pod, if anybody.
 //!
 //! Runs once for a connection (again for its ACK under SYN cookies), never for the packets of one that exists. The
-//! application's own socket takes what the agent opened and what plaintext the mode lets through; the agent's listeners take
+//! application's own socket takes what the agent opened, the kubelet's probes, and what plaintext the mode lets through; the agent's listeners take
 //! peers' tunnels, captured connections and the plaintext that needs a decision; the rest is dropped, which the client sees as
 //! a refused connection.
 
@@ -10,7 +10,7 @@ use culvert_ebpf_common::{
     Address, Admission, Endpoint, Event, Flow, HBONE_PORT, ListenerKey, ListenerRole, OUTBOUND_PORT, Outcome,
 };
 
-use crate::maps::{self, ADMISSIONS, ATTESTED, CAPTURED, LISTENERS};
+use crate::maps::{self, ADMISSIONS, ATTESTED, CAPTURED, KUBELET_FLOWS, LISTENERS};
 
 const AF_INET: u32 = 2;
 const IPPROTO_TCP: u32 = 6;
@@ -38,6 +38,10 @@ pub(crate) fn admit(ctx: &SkLookupContext) -> Outcome {
     // SAFETY: only the entry's presence is looked at.
     if unsafe { ATTESTED.get(flow) }.is_some() {
         return Outcome::AdmittedDelivery;
+    }
+    // SAFETY: only the entry's presence is looked at.
+    if unsafe { KUBELET_FLOWS.get(flow) }.is_some() {
+        return Outcome::AdmittedProbe;
     }
     if destination.port() == HBONE_PORT {
         return steer(ctx, destination.address(), ListenerRole::Hbone, Outcome::SteeredTunnel);

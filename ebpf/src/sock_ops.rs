@@ -52,7 +52,7 @@ fn closed(ctx: &SockOpsContext) {
 
 /// Both ends of the socket, this end first.
 #[inline(always)]
-fn flow(ctx: &SockOpsContext) -> Flow {
+pub(crate) fn flow(ctx: &SockOpsContext) -> Flow {
     let remote_port = u32::from_be(ctx.remote_port()) as u16;
     // Both families' fields are read in any case: were the reads in branches, the compiler would merge them into one read through
     // a computed pointer into the context, which the verifier refuses.

@@ -1,3 +1,4 @@
 //! Cluster tests: a real Kubernetes with real pods. One file a promise; every allow has its deny twin.
 
 mod cluster;
+mod probes;

@@ -2,6 +2,7 @@
 //! links, and parts of it that are stopped. Which cluster: `KUBECONFIG`, as `cargo xtask test cluster` sets it.
 
 mod capture;
+mod culvert;
 mod disturb;
 mod pod;
 mod watch;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 pub use capture::{Flow, NodeCapture};
+pub use culvert::{CULVERT, ENROLLED};
 pub use disturb::Stopped;
 pub use pod::{IMAGE, PodSpec, Refusal, Seen, seen};
 

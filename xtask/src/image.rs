@@ -51,6 +51,13 @@ pub(crate) struct ImageArgs {
     binary: Option<PathBuf>,
 }
 
+impl ImageArgs {
+    /// An image for this machine, of a binary that is there.
+    pub(crate) fn of(binary: &Path, output: &Path) -> Self {
+        Self { arch: None, output: Some(output.to_owned()), rootfs: None, binary: Some(binary.to_owned()) }
+    }
+}
+
 impl Arch {
     fn host() -> Result<Self> {
         match std::env::consts::ARCH {

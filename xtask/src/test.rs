@@ -1,14 +1,15 @@
 //! `test`: the suites, in the order of what they rest on.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::cluster::{Cluster, Up};
-use crate::run::cargo;
+use crate::run::{cargo, root, run as run_program};
 use crate::setup::{self, Scope};
-use crate::{launch, tidy};
+use crate::{image, launch, tidy};
 
 /// The name of the cluster that the tests make for themselves, so that nobody's own is disturbed.
 const CLUSTER: &str = "test";
@@ -78,7 +79,7 @@ pub(crate) fn run(suite: Option<Suite>, filter: Option<&str>, options: &ClusterO
 }
 
 fn run_check_of_format() -> Result<()> {
-    crate::run::run(cargo().args(["fmt", "--all", "--check"]))
+    run_program(cargo().args(["fmt", "--all", "--check"]))
 }
 
 fn one(suite: Suite, filter: Option<&str>) -> Result<()> {
@@ -88,7 +89,7 @@ fn one(suite: Suite, filter: Option<&str>) -> Result<()> {
         Suite::Unit => {
             setup::ensure(Scope::Build)?;
             // The tests' own crate is no default member; what its programs reckon with is tested, too.
-            crate::run::run(cargo().args(["test", "--package", "culvert-tests", "--lib", "--bins"]).args(filter))?;
+            run_program(cargo().args(["test", "--package", "culvert-tests", "--lib", "--bins"]).args(filter))?;
             command.env("CULVERT_REQUIRE_EBPF", "1");
         }
         Suite::Ebpf | Suite::Node | Suite::Hostile | Suite::Cluster => {
@@ -105,26 +106,47 @@ fn one(suite: Suite, filter: Option<&str>) -> Result<()> {
         // Each test has the machine to itself: they start agents, and some of them measure time.
         command.args(["--", "--test-threads=1"]);
     }
-    crate::run::run(&mut command)
+    run_program(&mut command)
 }
 
-/// Runs the cluster tests on the cluster that is named, or on one of their own.
+/// Installs Culvert on the cluster that is named, or on one of the tests' own, and runs the cluster tests there.
 fn cluster(filter: Option<&str>, options: &ClusterOptions) -> Result<()> {
+    let binary = launch::build(false)?;
     let mut command = cargo();
     command.args(["test", "--package", "culvert-tests", "--test", Suite::Cluster.target()]).args(filter);
-    command.args(["--", "--test-threads=1"]);
+    command.args(["--", "--test-threads=1"]).env("CULVERT_BIN", &binary);
     if let Some(kubeconfig) = &options.kubeconfig {
         let kubeconfig = std::fs::canonicalize(kubeconfig).with_context(|| format!("looking for {}", kubeconfig.display()))?;
-        return crate::run::run(command.env("KUBECONFIG", kubeconfig));
+        install(&binary, &kubeconfig)?;
+        return run_program(command.env("KUBECONFIG", kubeconfig));
     }
+    let images = root().join("target/cluster-images");
+    std::fs::create_dir_all(&images)?;
+    image::make(&image::ImageArgs::of(&binary, &images.join("culvert.tar")))?;
     let cluster = Cluster::named(CLUSTER)?;
-    cluster.up(&Up::two_nodes())?;
-    command.env("KUBECONFIG", cluster.kubeconfig()).env("CULVERT_KUBECTL", cluster.kubectl_program()?);
-    command.env("CULVERT_CLUSTER", CLUSTER).env("CULVERT_XTASK", std::env::current_exe()?);
-    let outcome = crate::run::run(&mut command);
+    cluster.up(&Up { images: vec![images], ..Up::two_nodes() })?;
+    let outcome = (|| {
+        let mut agents = Command::new(cluster.kubectl_program()?);
+        agents.arg("--kubeconfig").arg(cluster.kubeconfig()).args(["get", "daemonset", "--all-namespaces", "--output=name"]);
+        if String::from_utf8_lossy(&agents.output()?.stdout).contains("culvert-agent") {
+            // What runs there is of an earlier image.
+            run_program(Command::new(&binary).args(["uninstall", "--kubeconfig"]).arg(cluster.kubeconfig()))?;
+        }
+        install(&binary, &cluster.kubeconfig())?;
+        command.env("KUBECONFIG", cluster.kubeconfig()).env("CULVERT_KUBECTL", cluster.kubectl_program()?);
+        command.env("CULVERT_CLUSTER", CLUSTER).env("CULVERT_XTASK", std::env::current_exe()?);
+        run_program(&mut command)
+    })();
     if options.keep {
         return outcome;
     }
     let removed = cluster.down();
     outcome.and(removed)
+}
+
+/// Installs by the command that users have. What the agents do to pods is in their log, with its time.
+fn install(binary: &Path, kubeconfig: &Path) -> Result<()> {
+    let mut command = Command::new(binary);
+    command.args(["install", "--set", "log.filter=info,culvert::capture=debug", "--kubeconfig"]).arg(kubeconfig);
+    run_program(&mut command)
 }

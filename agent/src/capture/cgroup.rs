@@ -7,6 +7,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use super::{mounts, netns};
@@ -54,7 +55,17 @@ pub(super) struct CgroupRoot {
     pub(super) directory: File,
     /// Only pods are below it, by the operator's word or by its name: what has not been seen is refused for ever.
     pub(super) dedicated: bool,
+    /// The node's whole tree, if it is a kubelet that keeps pods below this directory.
+    pub(super) node: Option<NodeRoot>,
     path: PathBuf,
+}
+
+/// The root of a node's cgroup v2 tree, of which pods have a part.
+#[derive(Debug)]
+pub(super) struct NodeRoot {
+    pub(super) directory: File,
+    /// The number of the pods' part, as programs are told it.
+    pub(super) pods: u64,
 }
 
 impl CgroupRoot {
@@ -78,7 +89,8 @@ impl CgroupRoot {
                 }
             }
         };
-        Ok(Self { directory, dedicated, path })
+        let node = NodeRoot::above(&path, &directory)?;
+        Ok(Self { directory, dedicated, node, path })
     }
 
     /// Where it was found.
@@ -98,6 +110,20 @@ impl CgroupRoot {
         };
         adopt().map_err(|source| CgroupError::Move { path: path.clone(), source })
     }
+}
+
+impl NodeRoot {
+    /// The root above a part of the tree that a kubelet keeps pods in. None: it is no such part.
+    fn above(pods: &Path, directory: &File) -> Result<Option<Self>, CgroupError> {
+        let Some(path) = PODS.iter().find_map(|part| without(pods, Path::new(part))) else { return Ok(None) };
+        let open = || Ok(Self { directory: File::open(path)?, pods: directory.metadata()?.ino() });
+        open().map(Some).map_err(|source| CgroupError::Open { path: path.to_owned(), source })
+    }
+}
+
+/// What is left of a path whose end is cut off.
+fn without<'a>(path: &'a Path, end: &Path) -> Option<&'a Path> {
+    path.ends_with(end).then(|| path.ancestors().nth(end.components().count())).flatten()
 }
 
 /// `path` as the first process sees it.
@@ -150,6 +176,16 @@ mod tests {
             fs::create_dir_all(root.path().join(part)).expect("a directory");
             assert_eq!(pods_below(root.path()), Some(root.path().join(part)));
         }
+    }
+
+    #[test]
+    fn the_root_is_what_is_above_the_kubelets_part() {
+        let above = |pods: &str| PODS.iter().find_map(|part| without(Path::new(pods), Path::new(part))).map(PathBuf::from);
+        assert_eq!(above("/sys/fs/cgroup/kubepods.slice"), Some("/sys/fs/cgroup".into()));
+        assert_eq!(above("/sys/fs/cgroup/unified/kubepods"), Some("/sys/fs/cgroup/unified".into()));
+        assert_eq!(above("/x/kubelet.slice/kubelet-kubepods.slice"), Some("/x".into()));
+        assert_eq!(above("/sys/fs/cgroup"), None);
+        assert_eq!(above("/sys/fs/cgroup/my-kubepods"), None);
     }
 
     #[test]

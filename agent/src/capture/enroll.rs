@@ -5,6 +5,7 @@
 //! namespace is open only after it is known to be none of ours, or fully enrolled; in every other moment nothing leaves it.
 
 mod classify;
+mod excluded;
 mod foreign;
 mod places;
 mod setup;
@@ -24,6 +25,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::classify::Phase;
+use self::excluded::ExcludedPods;
 use self::foreign::Foreign;
 use self::setup::{Enrolled, Opened, SetupError};
 use self::tracked::Tracked;
@@ -67,6 +69,8 @@ enum Message {
     Answered { cookie: u64, address: IpAddr, answered: bool },
     /// The controller was asked about the addresses of a namespace elsewhere.
     ForeignAnswered { inode: u64, addresses: BTreeSet<IpAddr> },
+    /// The namespaces of pods that never join, by inode.
+    Excluded { inodes: BTreeSet<u64> },
     /// It is time to look at a namespace again.
     Retry { cookie: u64 },
 }
@@ -109,6 +113,9 @@ pub(super) struct Enroller {
     claimed_id: u32,
     /// The programs refuse what was not seen for ever, by themselves.
     dedicated: bool,
+    excluded: Option<ExcludedPods>,
+    /// When to look for them.
+    excluded_at: Option<Instant>,
     /// How many namespaces are being opened.
     opening: usize,
     /// Processes that were refused since the last look, by the cookie of their namespace.
@@ -142,6 +149,7 @@ impl Enroller {
             }
         });
         let snapshot = snapshots.borrow_and_update().clone();
+        let excluded = ExcludedPods::new(&config.excluded_namespaces, loaded.pods_cgroup.as_deref());
         let now = Instant::now();
         Self {
             config,
@@ -172,6 +180,8 @@ impl Enroller {
             agents_read: None,
             claimed_id: loaded.claimed_id,
             dedicated: loaded.dedicated,
+            excluded,
+            excluded_at: None,
             opening: 0,
             reported: HashMap::new(),
             unresolved: HashMap::new(),
@@ -206,6 +216,7 @@ impl Enroller {
                 Ok(()) = self.snapshots.changed() => self.advance().await,
                 Some(report) = reports.recv() => self.consider(report).await,
                 () = sleep_until(self.look_at) => self.look(),
+                () = sleep_until(self.excluded_at) => self.look_for_excluded(),
             }
             self.reconcile_vanished().await;
         }
@@ -302,6 +313,7 @@ impl Enroller {
             Message::Enrolled { cookie, workload, result } => self.finish_enrolment(cookie, workload, result).await,
             Message::Answered { cookie, address, answered } => self.take_answer(cookie, address, answered).await,
             Message::ForeignAnswered { inode, addresses } => self.take_foreign_answer(inode, &addresses).await,
+            Message::Excluded { inodes } => self.take_excluded(&inodes).await,
             Message::Retry { cookie } => {
                 if let Some(tracked) = self.tracked.get_mut(&cookie) {
                     tracked.waiting = false;
@@ -347,6 +359,7 @@ impl Enroller {
         self.cookies.insert(inode, cookie);
         self.tracked.insert(cookie, tracked);
         self.set_addresses(cookie, addresses);
+        self.expect_excluded(excluded::FIRST_LOOK);
         self.reconcile(cookie).await;
     }
 

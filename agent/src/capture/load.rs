@@ -4,7 +4,7 @@
 //! so that they stay in force when the agent is gone. The new programs are attached before the old ones are detached, and
 //! both decide from the same maps: there is never a moment without programs.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ use super::{CaptureError, LoadConfig, Netns, bpffs, mounts, others, readiness, r
 /// The programs, as `agent/build.rs` compiled them. Empty in a build without a compiler for them.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert-ebpf"));
 
-const PINNED_MAPS: [&str; 13] = [
+const PINNED_MAPS: [&str; 16] = [
     "SETTINGS",
     "AGENT_PROCESSES",
     "NAMESPACES",
@@ -36,12 +36,17 @@ const PINNED_MAPS: [&str; 13] = [
     "SOCKETS",
     "CAPTURED",
     "ATTESTED",
+    "KUBELET_NAMES",
+    "KUBELET_SOCKETS",
+    "KUBELET_FLOWS",
     "ADMISSIONS",
     "LISTENERS",
     "OUTCOMES",
     "EVENTS",
 ];
 const CGROUP_PROGRAMS: [&str; 5] = ["connect4", "connect6", "getpeername4", "getpeername6", "sock_ops"];
+/// What knows the kubelet, at the root of the node's tree.
+const NODE_PROGRAMS: [&str; 3] = ["kubelet_connect4", "kubelet_connect6", "kubelet_sock_ops"];
 const LOOKUP_PROGRAM: &str = "socket_lookup";
 /// Links of pods, by the cookie of their network namespace.
 const PODS: &str = "pods";
@@ -63,6 +68,8 @@ pub(super) struct Loaded {
     pub(super) claimed_id: u32,
     /// Whether unseen namespaces are refused for ever, without the agent's doing.
     pub(super) dedicated: bool,
+    /// The cgroup that a kubelet keeps pods in, and nothing else.
+    pub(super) pods_cgroup: Option<PathBuf>,
 }
 
 /// The `sk_lookup` program, to be attached to each pod.
@@ -81,21 +88,24 @@ pub(super) fn load(config: &LoadConfig) -> Result<Loaded, CaptureError> {
     let cgroup = CgroupRoot::open(config.cgroup_root.as_deref())?;
     let pins = prepare_pins(&config.bpf_dir.join(directory_of(&config.node)))
         .map_err(|source| CaptureError::Pins { path: config.bpf_dir.clone(), source })?;
-    let mut ebpf = load_object(&pins)?;
+    let mut ebpf = load_object(&pins, cgroup.node.as_ref().map_or(0, |node| node.pods))?;
     let maps = Maps::take(&mut ebpf)?;
     let events = take_events(&mut ebpf)?;
     let claimed_id = MapInfo::from_pin(pins.join(others::CLAIMED)).map(|map| map.id());
     let claimed_id = claimed_id.map_err(|source| CaptureError::Map { map: others::CLAIMED, source })?;
     initialise(&maps, &own, cgroup.dedicated)?;
     for name in CGROUP_PROGRAMS {
-        attach(&mut ebpf, name, &cgroup, &pins)?;
+        attach(&mut ebpf, name, &cgroup.directory, &pins)?;
     }
+    attach_to_node(&mut ebpf, &maps, &cgroup, config, &pins)?;
+    tracing::info!(cgroup = %cgroup.path().display(), dedicated = cgroup.dedicated, kubelet = cgroup.node.is_some(), "programs attached");
     lookup_program(&mut ebpf)?.load().map_err(refused(LOOKUP_PROGRAM))?;
     note_this_process(&maps, &cgroup, &config.node)?;
     // Only now: the logger takes a map that the programs name until they are loaded.
     let program_log = program_log(&mut ebpf);
     let lookup = LookupProgram { ebpf: Arc::new(Mutex::new(ebpf)), pins: pins.join(PODS) };
-    Ok(Loaded { maps, lookup, events, program_log, own, claimed_id, dedicated: cgroup.dedicated })
+    let pods_cgroup = cgroup.node.is_some().then(|| cgroup.path().to_owned());
+    Ok(Loaded { maps, lookup, events, program_log, own, claimed_id, dedicated: cgroup.dedicated, pods_cgroup })
 }
 
 fn program_log(ebpf: &mut Ebpf) -> BoxFuture<'static, ()> {
@@ -124,10 +134,29 @@ fn prepare_pins(directory: &Path) -> io::Result<PathBuf> {
     Ok(pins)
 }
 
-fn load_object(pins: &Path) -> Result<Ebpf, CaptureError> {
+/// Has the kubelet's connections known, where there is one.
+fn attach_to_node(
+    ebpf: &mut Ebpf,
+    maps: &Maps,
+    cgroup: &CgroupRoot,
+    config: &LoadConfig,
+    pins: &Path,
+) -> Result<(), CaptureError> {
+    let Some(node) = &cgroup.node else {
+        // A predecessor may have known one.
+        let removed = NODE_PROGRAMS.iter().try_for_each(|name| remove_pin(&pins.join(name)));
+        return removed.map_err(|source| CaptureError::Pins { path: pins.to_owned(), source });
+    };
+    let failed = |source| CaptureError::Map { map: "KUBELET_NAMES", source };
+    maps.set_kubelet_names(&config.kubelet_names).map_err(failed)?;
+    NODE_PROGRAMS.into_iter().try_for_each(|name| attach(ebpf, name, &node.directory, pins))
+}
+
+fn load_object(pins: &Path, pods_cgroup: u64) -> Result<Ebpf, CaptureError> {
     let has_set_retval = u32::from(KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(5, 18, 0)));
     let mut loader = EbpfLoader::new();
     loader.override_global("HAS_SET_RETVAL", &has_set_retval, true);
+    loader.override_global("PODS_CGROUP", &pods_cgroup, true);
     for name in PINNED_MAPS {
         loader.map_pin_path(name, pins.join(name));
     }
@@ -153,20 +182,20 @@ fn initialise(maps: &Maps, own: &Netns, dedicated: bool) -> Result<(), CaptureEr
 }
 
 /// Attaches a program to the cgroup, and puts its link in the place of the predecessor's, which detaches that.
-fn attach(ebpf: &mut Ebpf, name: &'static str, cgroup: &CgroupRoot, pins: &Path) -> Result<(), CaptureError> {
+fn attach(ebpf: &mut Ebpf, name: &'static str, cgroup: &File, pins: &Path) -> Result<(), CaptureError> {
     let program = ebpf.program_mut(name).ok_or(CaptureError::NoProgram { program: name })?;
     // A link takes no flags: programs that are attached by links always run beside each other.
     let mode = CgroupAttachMode::Single;
     let link: FdLink = if let Program::SockOps(program) = program {
         let program: &mut SockOps = program;
         program.load().map_err(refused(name))?;
-        let id = program.attach(&cgroup.directory, mode).map_err(refused(name))?;
+        let id = program.attach(cgroup, mode).map_err(refused(name))?;
         let link = program.take_link(id).map_err(refused(name))?;
         link.try_into().map_err(|source| CaptureError::Link { program: name, source })?
     } else {
         let program: &mut CgroupSockAddr = program.try_into().map_err(refused(name))?;
         program.load().map_err(refused(name))?;
-        let id = program.attach(&cgroup.directory, mode).map_err(refused(name))?;
+        let id = program.attach(cgroup, mode).map_err(refused(name))?;
         let link = program.take_link(id).map_err(refused(name))?;
         link.try_into().map_err(|source| CaptureError::Link { program: name, source })?
     };
@@ -271,7 +300,7 @@ pub fn remove(bpf_dir: &Path, node: &str) -> Result<(), CaptureError> {
     };
     for layout in layouts {
         // Capture first: what is let through then still meets its destination's rules.
-        for name in CGROUP_PROGRAMS {
+        for name in CGROUP_PROGRAMS.iter().chain(&NODE_PROGRAMS) {
             attempt(&layout.join(name), remove_pin(&layout.join(name)));
         }
         attempt(&layout, fs::remove_dir_all(&layout));

@@ -34,6 +34,7 @@ struct Tables {
     namespaces: Mutex<HashMap<MapData, u64, Namespace>>,
     destinations: Mirrored<HashMap<MapData, Endpoint, u32>, Destinations>,
     cluster_ranges: Mirrored<LpmTrie<MapData, [u8; 16], u32>, BTreeSet<Prefix>>,
+    kubelet_names: Mutex<HashMap<MapData, [u8; 16], u32>>,
     captured: Mutex<HashMap<MapData, Endpoint, Endpoint>>,
     admissions: Mirrored<HashMap<MapData, Endpoint, u32>, BTreeMap<IpAddr, PortAdmissions>>,
     listeners: Mutex<SockHash<MapData, ListenerKey>>,
@@ -61,6 +62,7 @@ impl Maps {
             namespaces: Mutex::new(table(ebpf, "NAMESPACES")?),
             destinations: Mutex::new((destinations, held_destinations)),
             cluster_ranges: Mutex::new((ranges, held_ranges)),
+            kubelet_names: Mutex::new(table(ebpf, "KUBELET_NAMES")?),
             captured: Mutex::new(table(ebpf, "CAPTURED")?),
             admissions: Mutex::new((admissions, held_admissions)),
             listeners: Mutex::new(table(ebpf, "LISTENERS")?),
@@ -92,6 +94,18 @@ impl Maps {
         change(&mut settings.1);
         let changed = settings.1;
         settings.0.set(0, changed, 0)
+    }
+
+    /// Tells the programs by what names a kubelet runs. Of a longer one the kernel keeps the beginning.
+    pub(super) fn set_kubelet_names(&self, names: &[String]) -> Result<(), MapError> {
+        let wanted: BTreeSet<[u8; 16]> = names.iter().map(|name| process_name(name)).collect();
+        let mut known = lock(&self.0.kubelet_names);
+        for former in known.keys().collect::<Result<Vec<_>, _>>()? {
+            if !wanted.contains(&former) {
+                known.remove(&former)?;
+            }
+        }
+        wanted.into_iter().try_for_each(|name| known.insert(name, 1, 0))
     }
 
     /// Says of all agents in the table that they are former ones.
@@ -320,12 +334,25 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A process's name as the kernel keeps it: 15 bytes at most, filled up with zeros to 16.
+fn process_name(name: &str) -> [u8; 16] {
+    let mut kept = [0; 16];
+    kept.iter_mut().zip(name.bytes().take(15)).for_each(|(kept, byte)| *kept = byte);
+    kept
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn effective(entries: &PortAdmissions, port: u16) -> Admission {
         entries.get(&port).or_else(|| entries.get(&0)).copied().unwrap_or(Admission::Drop)
+    }
+
+    #[test]
+    fn a_process_name_is_what_the_kernel_keeps_of_it() {
+        assert_eq!(&process_name("kubelet"), b"kubelet\0\0\0\0\0\0\0\0\0");
+        assert_eq!(&process_name("a-kubelet-of-a-long-name"), b"a-kubelet-of-a-\0");
     }
 
     #[test]

@@ -45,6 +45,16 @@ pub struct AgentArgs {
     #[arg(long, value_name = "PATH")]
     cgroup_root: Option<PathBuf>,
 
+    /// A Kubernetes namespace whose pods are never in the mesh, by the controller's word; may be given again. Such pods start without
+    /// the controller, which may be one of them.
+    #[arg(long = "exclude-namespace", value_name = "NAME")]
+    excluded_namespaces: Vec<String>,
+
+    /// By what names the kubelet runs. Where pods are below a kubelet's cgroup, such a process of root's outside of that reaches pods
+    /// with its probes in every mode. The default is kubeadm's and most others', k3s' and MicroK8s'.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "kubelet,k3s-server,k3s-agent,kubelite")]
+    kubelet_names: Vec<String>,
+
     /// Where eBPF programs and maps are pinned, on a BPF file system. Agents on one kernel need one each.
     #[arg(long, value_name = "PATH", default_value = "/sys/fs/bpf/culvert")]
     bpf_dir: PathBuf,
@@ -113,6 +123,8 @@ impl AgentArgs {
             token_file: self.token_file,
             netns_dir: self.netns_dir,
             cgroup_root: self.cgroup_root,
+            excluded_namespaces: self.excluded_namespaces,
+            kubelet_names: self.kubelet_names,
             bpf_dir: self.bpf_dir,
             metrics_listen: self.metrics_listen,
             ready_listen: self.ready_listen,

@@ -8,6 +8,8 @@ fn config() -> AgentConfig {
         token_file: "/nowhere/token".into(),
         netns_dir: "/run/netns".into(),
         cgroup_root: None,
+        excluded_namespaces: Vec::new(),
+        kubelet_names: vec!["kubelet".into()],
         bpf_dir: "/sys/fs/bpf/culvert".into(),
         metrics_listen: METRICS_LISTEN,
         ready_listen: READY_LISTEN,

@@ -52,6 +52,8 @@ struct State {
     forbidden: BTreeSet<String>,
     /// Workloads and pods that never get anywhere.
     stuck: bool,
+    /// How often a namespace is still seen after its removal.
+    lingers: u32,
     /// Texts by path.
     texts: BTreeMap<String, String>,
 }
@@ -80,6 +82,11 @@ impl FakeApi {
     /// From now on nothing becomes ready, and no pod ends.
     pub(crate) fn get_stuck(&self) {
         self.state().stuck = true;
+    }
+
+    /// From now on a namespace that is removed is still there when it is asked for, so many times.
+    pub(crate) fn linger(&self, times: u32) {
+        self.state().lingers = times;
     }
 
     /// Serves a text at a path.
@@ -131,8 +138,8 @@ impl FakeApi {
             state.changes.push((method.clone(), path.to_owned()));
         }
         let (code, value) = match *method {
-            Method::GET => match state.objects.get(path) {
-                Some(object) => (StatusCode::OK, object.clone()),
+            Method::GET => match state.look(path) {
+                Some(object) => (StatusCode::OK, object),
                 None => match state.list(path, query) {
                     Some(list) => return (StatusCode::OK, list),
                     None => return status(StatusCode::NOT_FOUND, &format!("{path} not found")),
@@ -148,7 +155,7 @@ impl FakeApi {
                 }
             }
             Method::PATCH => (StatusCode::OK, state.keep(path, serde_json::from_slice(body).expect("JSON"))),
-            Method::DELETE => match state.objects.remove(path) {
+            Method::DELETE => match state.remove(path) {
                 Some(object) => (StatusCode::OK, object),
                 None => return status(StatusCode::NOT_FOUND, &format!("{path} not found")),
             },
@@ -159,6 +166,27 @@ impl FakeApi {
 }
 
 impl State {
+    /// An object, which may be on its way out.
+    fn look(&mut self, path: &str) -> Option<Value> {
+        let found = self.objects.get(path)?.clone();
+        if !found["metadata"]["deletionTimestamp"].is_null() {
+            self.lingers -= 1;
+            if self.lingers == 0 {
+                self.objects.remove(path);
+            }
+        }
+        Some(found)
+    }
+
+    fn remove(&mut self, path: &str) -> Option<Value> {
+        let found = self.objects.get_mut(path)?;
+        if found["kind"] == "Namespace" && self.lingers > 0 {
+            found["metadata"]["deletionTimestamp"] = "1970-01-01T00:16:40Z".into();
+            return Some(found.clone());
+        }
+        self.objects.remove(path)
+    }
+
     /// Keeps an object, with what controllers and kubelets would add.
     fn keep(&mut self, path: &str, mut object: Value) -> Value {
         let before = self.objects.get(path);

@@ -9,6 +9,7 @@ mod leave;
 use std::time::Duration;
 
 use serde_json::Value;
+use tokio::time::Instant;
 
 use super::InstallError;
 use super::cluster::{Cluster, ClusterError, ObjectRef, Which};
@@ -90,7 +91,7 @@ pub async fn uninstall(cluster: &Cluster, removal: &Removal, mut tell: impl FnMu
         remove_labelled(cluster, (group, kind), Which { labels: PART_OF, ..Which::default() }, &mut outcome, &mut tell).await;
     }
     remove_definitions(cluster, &mut outcome, &mut tell).await;
-    remove_namespace(cluster, namespace, &mut outcome, &mut tell).await;
+    remove_namespace(cluster, removal, &mut outcome, &mut tell).await;
     Ok(outcome)
 }
 
@@ -155,7 +156,8 @@ async fn remove_definitions(cluster: &Cluster, outcome: &mut Outcome, tell: &mut
     }
 }
 
-async fn remove_namespace(cluster: &Cluster, namespace: &str, outcome: &mut Outcome, tell: &mut impl FnMut(Step)) {
+async fn remove_namespace(cluster: &Cluster, removal: &Removal, outcome: &mut Outcome, tell: &mut impl FnMut(Step)) {
+    let namespace = removal.namespace.as_str();
     let reference =
         ObjectRef { api_version: "v1".to_owned(), kind: "Namespace".to_owned(), namespace: None, name: namespace.to_owned() };
     let Some(Some(found)) = outcome.note(cluster.get(&reference).await) else { return };
@@ -171,9 +173,23 @@ async fn remove_namespace(cluster: &Cluster, namespace: &str, outcome: &mut Outc
     }
     if outcome.failures.is_empty() {
         remove(cluster, &reference, outcome, tell).await;
+        outcome.note(wait_until_gone(cluster, &reference, removal.limit).await);
     } else {
         outcome.kept.push(format!("the namespace {namespace}, until the rest is gone; run this again"));
     }
+}
+
+/// The API server empties a namespace first, and takes nothing new into it meanwhile: not the next installation, either.
+async fn wait_until_gone(cluster: &Cluster, namespace: &ObjectRef, limit: Duration) -> Result<(), ClusterError> {
+    let deadline = Instant::now() + limit;
+    while let Some(found) = cluster.get(namespace).await? {
+        if Instant::now() >= deadline {
+            let why = found["status"]["conditions"].to_string();
+            return Err(ClusterError::Late { what: format!("{namespace} is not gone"), seconds: limit.as_secs(), why });
+        }
+        tokio::time::sleep(rollout::PAUSE).await;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -36,11 +36,13 @@ pub enum Outcome {
     DroppedNoListener = 14,
     /// `sk_lookup`: loopback, or the pod to itself.
     AdmittedLocal = 15,
+    /// `sk_lookup`: the kubelet's own connection.
+    AdmittedProbe = 16,
 }
 
 impl Outcome {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Captured,
         Self::PassedOutside,
         Self::PassedLocal,
@@ -57,6 +59,7 @@ impl Outcome {
         Self::DroppedPlaintext,
         Self::DroppedNoListener,
         Self::AdmittedLocal,
+        Self::AdmittedProbe,
     ];
 
     /// The word for a metric's label.
@@ -79,6 +82,7 @@ impl Outcome {
             Self::DroppedPlaintext => "dropped_plaintext",
             Self::DroppedNoListener => "dropped_no_listener",
             Self::AdmittedLocal => "admitted_local",
+            Self::AdmittedProbe => "admitted_probe",
         }
     }
 }

@@ -6,6 +6,12 @@ use std::process::{Command, Stdio};
 use super::{Cluster, text};
 
 impl Cluster {
+    /// Whether it is one of `cargo xtask cluster`, which can be disturbed.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        std::env::var_os("CULVERT_CLUSTER").is_some()
+    }
+
     /// Stops a part, as `cargo xtask cluster stop` has it: `api-server`, `NODE`, `NODE/kubelet` or `NODE/link`. It starts again when what
     /// this gives is dropped.
     ///

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use super::classify::{self, Phase, Standing, Step};
 use super::setup::{Enrolled, Enrolment, SetupError};
-use super::{Enroller, FIRST_RETRY, LAST_RETRY, Message};
+use super::{Enroller, FIRST_RETRY, LAST_RETRY, Message, excluded};
 use crate::capture::netns::AddressWatch;
 use crate::capture::routing::Routing;
 use crate::capture::{Listener, LocalPod, Netns, PodEvent, readiness};
@@ -47,6 +47,8 @@ pub(super) struct Tracked {
     pub(super) waiting: bool,
     /// The programs did not know it when it appeared, and the agent was there: its object may be on its way.
     pub(super) fresh: bool,
+    /// It is the pod's of a namespace that never joins.
+    pub(super) excluded: bool,
     /// When its addresses last changed.
     settled: Instant,
     /// When it appeared, among all.
@@ -83,6 +85,7 @@ impl Tracked {
             judged: false,
             waiting: false,
             fresh: false,
+            excluded: false,
             settled: Instant::now(),
             seen,
             phase,
@@ -144,7 +147,7 @@ impl Enroller {
             Step::Ask(address) => self.ask(cookie, address),
             Step::Close => self.release(cookie, Release::Closed).await,
             Step::Exempt => {
-                if self.is_of_this_node(&tracked.addresses) {
+                if tracked.excluded || self.is_of_this_node(&tracked.addresses) {
                     self.claim_from_others(cookie);
                 }
                 self.release(cookie, Release::Exempt).await;
@@ -165,7 +168,8 @@ impl Enroller {
         let standing = if self.agents.has_node(cookie) {
             Standing::Exempt
         } else {
-            classify::classify(&tracked.addresses, &tracked.phase, &self.snapshot, &tracked.unknown)
+            let told = classify::classify(&tracked.addresses, &tracked.phase, &self.snapshot, &tracked.unknown);
+            excluded::known(told, tracked)
         };
         classify::next(&tracked.phase, standing)
     }

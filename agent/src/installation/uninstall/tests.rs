@@ -52,6 +52,15 @@ async fn nothing_but_what_the_user_had_is_left() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_end_is_told_when_the_namespace_is_gone_so_that_culvert_can_be_installed_again_at_once() {
+    let api = installed().await;
+    api.linger(3);
+    let outcome = run(&api).await;
+    assert!(outcome.failures.is_empty() && outcome.kept.is_empty(), "{outcome:?}");
+    assert!(api.object("Namespace", NAMESPACE).is_none());
+}
+
+#[tokio::test(start_paused = true)]
 async fn agents_end_before_nodes_are_cleaned_and_their_account_goes_after() {
     let api = installed().await;
     run(&api).await;

@@ -1,0 +1,117 @@
+//! Promise: under STRICT the kubelet's probes of every kind reach a pod, and nobody else who comes from the node does, whatever he calls
+//! himself.
+
+use std::time::Duration;
+
+use harness::cluster::{ENROLLED, IMAGE, PodSpec, Refusal};
+use harness::{Cluster, eventually_within};
+use serde_json::{Value, json};
+
+/// A probe that is made each second and may not fail once.
+fn probe(action: &Value) -> Value {
+    let mut probe = json!({"periodSeconds": 1, "timeoutSeconds": 2, "failureThreshold": 1});
+    probe.as_object_mut().expect("an object").extend(action.as_object().expect("an object").clone());
+    probe
+}
+
+/// A pod that is ready while a probe succeeds, and is started anew when it fails.
+fn probed<'a>(namespace: &'a str, name: &'a str, node: &'a str, action: &Value) -> PodSpec<'a> {
+    let mut pod = PodSpec::new(namespace, name, node);
+    let mut slow = probe(action);
+    slow["failureThreshold"] = json!(30);
+    pod.more = json!({"containers": [{
+        "name": "app",
+        "image": IMAGE,
+        "args": ["serve"],
+        "startupProbe": slow,
+        "livenessProbe": probe(action),
+        "readinessProbe": probe(action),
+        "lifecycle": {"postStart": {"exec": {"command": ["sleep", "0.3"]}}},
+    }]});
+    pod
+}
+
+fn restarts(cluster: Cluster, namespace: &str) -> Vec<(String, u64)> {
+    let of = |pod: &Value| {
+        let name = pod["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+        (name, pod["status"]["containerStatuses"][0]["restartCount"].as_u64().unwrap_or(u64::MAX))
+    };
+    cluster.list(namespace, "pods").iter().map(of).collect()
+}
+
+#[test]
+fn probes_of_every_kind_succeed_under_strict_and_are_counted() {
+    let cluster = Cluster;
+    let node = &cluster.nodes()[0];
+    let namespace = cluster.namespace("probed", &[ENROLLED]);
+    cluster.mode(namespace.name(), "STRICT");
+    let before = cluster.outcomes(node, "admitted_probe");
+    let mut kinds = vec![
+        ("http", json!({"httpGet": {"port": 8081, "path": "/"}})),
+        ("tcp", json!({"tcpSocket": {"port": 8080}})),
+        ("exec", json!({"exec": {"command": ["/app", "grpc-health", "127.0.0.1:8082"]}})),
+    ];
+    let version: Value = serde_json::from_str(&cluster.kubectl(&["get", "--raw", "/version"])).expect("JSON");
+    let minor = version["minor"].as_str().unwrap_or_default().trim_end_matches('+').parse::<u32>().expect("a number");
+    if minor >= 24 {
+        kinds.push(("grpc", json!({"grpc": {"port": 8082}})));
+    } else {
+        eprintln!("this API server offers no gRPC probes: not tried");
+    }
+    let pods: Vec<PodSpec<'_>> = kinds.iter().map(|(name, action)| probed(namespace.name(), name, node, action)).collect();
+    cluster.pods(&pods);
+    // Two kinds at least go over the network, each second, for liveness and readiness.
+    eventually_within(Duration::from_secs(30), "probes are counted", || cluster.outcomes(node, "admitted_probe") >= before + 16);
+    for (name, _) in &kinds {
+        cluster.wait_condition(namespace.name(), &format!("pod/{name}"), "Ready");
+    }
+    assert!(
+        restarts(cluster, namespace.name()).iter().all(|(_, count)| *count == 0),
+        "{:?}",
+        restarts(cluster, namespace.name())
+    );
+}
+
+#[test]
+fn a_pod_in_the_nodes_network_that_calls_itself_the_kubelet_is_refused_under_strict() {
+    let cluster = Cluster;
+    let node = &cluster.nodes()[0];
+    let namespace = cluster.namespace("imitated", &[ENROLLED]);
+    let mut imitator = PodSpec::new(namespace.name(), "imitator", node);
+    imitator.arguments = &["pause"];
+    imitator.more = json!({"hostNetwork": true, "hostPID": true});
+    let server = probed(namespace.name(), "server", node, &json!({"tcpSocket": {"port": 8080}}));
+    let addresses = cluster.pods(&[server, imitator]);
+    let server = format!("{}:8080", addresses[0]);
+    let imitate = || {
+        // A process is called like the file that it was started from.
+        let script = format!("cp /app /tmp/kubelet && exec /tmp/kubelet connect {server} --say let-me-in");
+        harness::cluster::seen(
+            &cluster.exec(namespace.name(), "imitator", &["sh", "-c", &script]).unwrap_or_else(|failure| failure),
+        )
+    };
+    // It comes from the kubelet's own address.
+    let seen = imitate().expect("a permissive pod takes plaintext");
+    let probes = cluster.outcomes(node, "admitted_probe");
+    cluster.mode(namespace.name(), "STRICT");
+    eventually_within(Duration::from_secs(20), "the imitator is refused", || {
+        imitate() == Err(Refusal("ConnectionRefused".to_owned()))
+    });
+    let dropped = cluster.outcomes(node, "dropped_plaintext");
+    assert_eq!(imitate(), Err(Refusal("ConnectionRefused".to_owned())), "it came from {}", seen.local);
+    assert!(cluster.outcomes(node, "dropped_plaintext") > dropped, "nothing was dropped");
+    if cluster.is_ours() {
+        // All that the imitator lacks is its place among the node's processes.
+        let script = format!(
+            "cp /usr/bin/curl /tmp/kubelet && /tmp/kubelet --silent --show-error --max-time 5 http://{}:8081/",
+            addresses[0]
+        );
+        cluster.on_node(node, &["sh", "-c", &script]).expect("a kubelet is let in");
+        cluster
+            .on_node(node, &["curl", "--max-time", "5", &format!("http://{}:8081/", addresses[0])])
+            .expect_err("another is not");
+    }
+    // The kubelet goes on meanwhile.
+    eventually_within(Duration::from_secs(20), "probes go on", || cluster.outcomes(node, "admitted_probe") >= probes + 6);
+    assert!(restarts(cluster, namespace.name()).iter().all(|(_, count)| *count == 0));
+}
