@@ -1,4 +1,7 @@
+use std::io::IoSliceMut;
+
 use super::*;
+use crate::relay::{Broken, Sink, Source};
 use crate::tunnel::tls_stream::tests::{Bytes as Given, ours};
 
 const SOON: Duration = Duration::from_secs(5);
