@@ -1,4 +1,9 @@
 //! Cluster tests: a real Kubernetes with real pods. One file a promise; every allow has its deny twin.
 
+mod authorization;
+mod churn;
 mod cluster;
+mod outages;
 mod probes;
+mod start;
+mod ways;

@@ -5,6 +5,7 @@ mod capture;
 mod culvert;
 mod disturb;
 mod pod;
+mod traffic;
 mod watch;
 
 use std::io::Write as _;
@@ -17,6 +18,7 @@ pub use capture::{Flow, NodeCapture};
 pub use culvert::{CULVERT, ENROLLED};
 pub use disturb::Stopped;
 pub use pod::{IMAGE, PodSpec, Refusal, Seen, seen};
+pub use traffic::Second;
 
 /// How long anything may take: pods are scheduled, started and made ready beside others.
 pub const PATIENCE: Duration = Duration::from_secs(120);

@@ -1,0 +1,96 @@
+//! Promise: a pod of the mesh says nothing in the clear from its first moment on, and is served as soon as it is enrolled; pods that only run
+//! to their end do.
+
+use harness::Cluster;
+use harness::cluster::{ENROLLED, IMAGE, PodSpec};
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+/// How many conversations a pod has before it is ready.
+const CONVERSATIONS: u32 = 20;
+/// How many pods start at once on each node.
+const PODS: usize = 4;
+
+/// A pod whose first container talks to a server from its first moment until it has been answered so many times.
+fn eager<'a>(namespace: &'a str, name: &'a str, node: &'a str, server: &str, say: &str) -> PodSpec<'a> {
+    let mut pod = PodSpec::new(namespace, name, node);
+    let talk = format!(
+        "echo first; n=0; while [ $n -lt {CONVERSATIONS} ]; do /app connect {server} --say {say} && n=$((n+1)); done 2>/dev/null"
+    );
+    pod.more = json!({"initContainers": [{"name": "first", "image": IMAGE, "command": ["sh", "-c", talk]}]});
+    pod
+}
+
+/// Within how many seconds of its first moment a pod is served, when many start on a machine that has little to spare. Most of it passes
+/// before the kubelet tells the API server the pod's address.
+const SOON: f64 = 15.0;
+
+/// When something was logged.
+fn at(stamp: &str) -> OffsetDateTime {
+    OffsetDateTime::parse(stamp, &Rfc3339).unwrap_or_else(|error| panic!("{stamp}: {error}"))
+}
+
+#[test]
+fn what_connects_from_its_first_moment_leaks_nothing_and_is_served_soon() {
+    let cluster = Cluster;
+    let nodes = cluster.nodes();
+    let mesh = cluster.namespace("first", &[ENROLLED]);
+    let plain = cluster.namespace("first-plain", &[]);
+    let servers = [PodSpec::new(mesh.name(), "server0", &nodes[0]), PodSpec::new(mesh.name(), "server1", &nodes[1])];
+    let addresses = cluster.pods(&servers);
+    let mut captures = [cluster.capture(&nodes[0]), cluster.capture(&nodes[1])];
+    let names: Vec<(String, usize)> = (0..2 * PODS).map(|number| (format!("eager{number}"), number % 2)).collect();
+    let server = |node: usize| format!("{}:8080", addresses[1 - node]);
+    let pods = names.iter().map(|(name, node)| eager(mesh.name(), name, &nodes[*node], &server(*node), "in-the-mesh"));
+    let outsider = eager(plain.name(), "outsider", &nodes[0], &server(0), "in-the-clear");
+    cluster.pods(&pods.chain([outsider]).collect::<Vec<_>>());
+    for capture in &mut captures {
+        assert!(capture.shows("in-the-clear"), "the capture does not see what others say");
+        assert!(!capture.shows("in-the-mesh"), "a pod of the mesh talked in the clear");
+    }
+    for (name, node) in &names {
+        let log = cluster.kubectl(&["--namespace", mesh.name(), "logs", name, "--container=first", "--timestamps"]);
+        let stamp = |line: &str| line.split_once(' ').map(|(stamp, _)| at(stamp));
+        let first = log.lines().find_map(stamp).expect("the first moment");
+        let served = log.lines().find(|line| line.contains("answer")).and_then(stamp).expect("an answer");
+        let is_enrolment = |line: &&Value| line["message"] == "pod enrolled" && line["pod"] == name.as_str();
+        let agent = cluster.agent_log(&nodes[*node]);
+        let enrolled = at(agent.iter().rfind(is_enrolment).and_then(|line| line["timestamp"].as_str()).expect("enrolled"));
+        let after = |then: OffsetDateTime| (then - first).as_seconds_f64();
+        eprintln!("{name}: enrolled {:.3} s after its first moment, served after {:.3} s", after(enrolled), after(served));
+        assert!(after(served) < SOON, "{name} was served late");
+    }
+}
+
+#[test]
+fn jobs_of_the_mesh_finish_and_others_are_refused() {
+    let cluster = Cluster;
+    let nodes = cluster.nodes();
+    let mesh = cluster.namespace("jobs", &[ENROLLED]);
+    let plain = cluster.namespace("jobs-plain", &[]);
+    cluster.mode(mesh.name(), "STRICT");
+    let server = format!("{}:8080", cluster.pods(&[PodSpec::new(mesh.name(), "server", &nodes[1])])[0]);
+    let job = |namespace: &str, patience: &str| {
+        cluster.apply(&json!({
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"name": "caller", "namespace": namespace},
+            "spec": {
+                "completions": 4,
+                "parallelism": 2,
+                "backoffLimit": 0,
+                "template": {"spec": {
+                    "restartPolicy": "Never",
+                    "containers": [{"name": "app", "image": IMAGE, "args": ["connect", server, "--retry-for", patience]}],
+                }},
+            },
+        }));
+    };
+    job(mesh.name(), "20");
+    job(plain.name(), "2");
+    cluster.wait_condition(mesh.name(), "job/caller", "Complete");
+    cluster.wait_condition(plain.name(), "job/caller", "Failed");
+    assert_eq!(cluster.get(mesh.name(), "job", "caller")["status"]["succeeded"], 4);
+    assert!(cluster.get(plain.name(), "job", "caller")["status"]["succeeded"].is_null());
+}
