@@ -338,7 +338,10 @@ impl Enroller {
             tracked.names.insert(name);
             return;
         }
-        let was_foreign = self.foreign.remove(&inode).is_some() || self.unmounted.contains(&cookie);
+        let (elsewhere, unmounted) = (self.foreign.remove(&inode), self.unmounted.contains(&cookie));
+        let was_foreign = elsewhere.is_some() || unmounted;
+        // One that was seen elsewhere first has been closed for that, not by a predecessor.
+        let new = former.is_none() || unmounted || elsewhere.is_some_and(|foreign| foreign.is_none_or(|foreign| foreign.fresh));
         self.unmounted.retain(|unmounted| *unmounted != cookie);
         let phase = match former {
             Some(NamespaceState::Enrolled) => Phase::Inherited,
@@ -350,7 +353,7 @@ impl Enroller {
         }
         self.seen += 1;
         let mut tracked = Tracked::new(netns, name, phase, self.seen);
-        tracked.fresh = self.caught_up && former.is_none();
+        tracked.fresh = self.caught_up && new;
         if self.caught_up && tracked.is_pending() {
             // Nobody gets in either, from before it has an address: a server may listen long before it is enrolled.
             self.guard(&tracked.netns);

@@ -22,7 +22,7 @@ pub(super) struct Foreign {
     addresses: BTreeSet<IpAddr>,
     watcher: AbortHandle,
     /// It appeared while the agent was there.
-    fresh: bool,
+    pub(super) fresh: bool,
     /// What the programs hold it for.
     state: Option<NamespaceState>,
     inquiry: Inquiry,
