@@ -117,7 +117,7 @@ fn processes(cgroup: &Path, depth: usize) -> Vec<String> {
 pub(super) fn known(standing: Standing, tracked: &Tracked) -> Standing {
     match standing {
         Standing::Unsynced | Standing::NoAddress | Standing::Ask(_) if tracked.excluded => Standing::Exempt,
-        standing => standing,
+        Standing::Unsynced | Standing::NoAddress | Standing::Ask(_) | Standing::Exempt | Standing::Member(_) => standing,
     }
 }
 
