@@ -31,6 +31,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
+use ipnet::IpNet;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -65,6 +66,8 @@ pub struct ControllerConfig {
     pub cert_ttl: Duration,
     /// Deny what no ALLOW policy covers.
     pub default_deny: bool,
+    /// Ranges of the cluster's addresses beside those that nodes declare.
+    pub cluster_ranges: Vec<IpNet>,
     /// Policies of this namespace apply to the whole mesh.
     pub root_namespace: String,
     /// The domain that services' names end in.
@@ -170,6 +173,7 @@ impl ControllerConfig {
             root_namespace: self.root_namespace.clone(),
             cluster_domain: self.cluster_domain.clone(),
             default_deny: self.default_deny,
+            cluster_ranges: self.cluster_ranges.iter().map(IpNet::trunc).collect(),
             excluded_namespaces,
         }
     }

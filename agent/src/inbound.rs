@@ -26,9 +26,10 @@ use crate::capture::{Accepted, DELIVERY_MARK, Listener, LocalPod, destroy_inboun
 use crate::deliver::{DeliverError, connect};
 use crate::drain::Drain;
 use crate::identity::SvidStore;
-use crate::limits::Antechamber;
+use crate::limits::{Antechamber, Shares};
 use crate::model::{CloseReason, Flow, Mode, PeerAddr, Snapshot, SpiffeId, Verdict, Workload};
 use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Side};
+use crate::open_connections::{OpenConnections, Registered};
 use crate::policy::evaluate::evaluate;
 use crate::policy::explain::explain;
 use crate::relay::{Sink, Source, relay, tcp};
@@ -36,16 +37,16 @@ use crate::serve::{Permits, serve};
 use crate::tunnel::accept::Form;
 use crate::tunnel::{TunnelError, TunnelForm, accept, tls};
 
-pub mod open;
 mod streams;
 
-use open::{OpenConnections, Registered};
 use streams::Peer;
 
 /// How long a peer waits for the pod's certificate.
 const IDENTITY_DEADLINE: Duration = Duration::from_secs(5);
 /// How many peers may be about to shake hands at once, over all pods.
 const STRANGERS: usize = 1024;
+/// Why a peer's tunnel or stream is refused that leaves too little to others.
+const GREEDY: &str = "this identity holds as many of the agent's connections as are left for all others";
 /// Linux's default range of source ports.
 const SOURCE_PORTS: std::ops::Range<u16> = 32_768..61_000;
 
@@ -59,6 +60,8 @@ pub struct Inbound {
     form: TunnelForm,
     server_configs: Mutex<HashMap<SpiffeId, KeptConfig>>,
     strangers: Arc<Antechamber>,
+    /// The tunnels and streams that each peer's workloads hold, over all pods.
+    peers: Arc<Shares<SpiffeId>>,
 }
 
 /// The TLS set-up for one certificate and one bundle of roots.
@@ -94,7 +97,8 @@ impl Inbound {
     ) -> Arc<Self> {
         let open = Arc::new(OpenConnections::default());
         let strangers = Antechamber::new(STRANGERS);
-        Arc::new(Self { snapshots, svids, open, observer, drain, form, server_configs: Mutex::default(), strangers })
+        let (server_configs, peers) = (Mutex::default(), Shares::new());
+        Arc::new(Self { snapshots, svids, open, observer, drain, form, server_configs, strangers, peers })
     }
 
     /// Serves the tunnels that peers open to `pod`, until the pod leaves the mesh or the agent stops.
@@ -170,8 +174,8 @@ impl Inbound {
         let accepted = Box::pin(async {
             let waiting = self.strangers.enter();
             let handshake = async {
-                let config = self.tls(&pod).await?;
-                accept::handshake(stream, PeerAddr(source), config).await
+                let (config, roots) = self.tls(&pod).await?;
+                Ok((accept::handshake(stream, PeerAddr(source), config).await?, roots))
             };
             tokio::select! {
                 accepted = handshake => accepted,
@@ -181,7 +185,7 @@ impl Inbound {
         .await;
         let result = accepted.as_ref().map_or_else(|error| error.reason().as_str(), |_| "ok");
         self.observer.metrics().handshake(Side::Server, result, started.elapsed());
-        let accepted = match accepted {
+        let (accepted, roots) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 let info = ConnectionInfo {
@@ -191,16 +195,24 @@ impl Inbound {
                 return self.observer.fail(&info, error.reason(), &error);
             }
         };
+        let Some(_share) = self.peers.take(&accepted.source, permits.free()) else {
+            let info = ConnectionInfo {
+                destination: Some(pod.workload()),
+                source_identity: Some(accepted.source),
+                ..ConnectionInfo::new(Direction::Inbound, source, local)
+            };
+            return self.observer.fail(&info, CloseReason::Overloaded, &GREEDY);
+        };
         let _counted = self.observer.metrics().tunnel(Side::Server);
-        let peer = Peer { identity: accepted.source, addr: source, local };
+        let peer = Peer { identity: accepted.source, addr: source, local, roots };
         match accepted.tunnel {
             Form::Hbone(tunnel) => Box::pin(self.hbone(pod, peer, tunnel, permits)).await,
             Form::Single(tunnel) => self.single(pod, peer, tunnel).await,
         }
     }
 
-    /// The TLS set-up for the pod's present certificate.
-    async fn tls(&self, pod: &LocalPod) -> Result<Arc<ServerConfig>, TunnelError> {
+    /// The TLS set-up for the pod's present certificate, and the fingerprint of the roots that it believes.
+    async fn tls(&self, pod: &LocalPod) -> Result<(Arc<ServerConfig>, Arc<str>), TunnelError> {
         let workload = pod.workload();
         let no_identity = |why: &dyn Display| TunnelError::NoIdentity(why.to_string());
         let svid = self.svids.wait(&workload.identity, IDENTITY_DEADLINE).await.map_err(|error| no_identity(&error))?;
@@ -211,12 +223,13 @@ impl Inbound {
         if let Some(kept) = configs.get(&workload.identity)
             && (kept.generation, &kept.roots) == (svid.generation, &bundle.fingerprint)
         {
-            return Ok(Arc::clone(&kept.config));
+            return Ok((Arc::clone(&kept.config), Arc::clone(&kept.roots)));
         }
         let config = tls::server_config(&svid, &bundle, &trust_domain, self.form.alpn())?;
         let (generation, roots) = (svid.generation, Arc::clone(&bundle.fingerprint));
-        configs.insert(workload.identity.clone(), KeptConfig { generation, roots, config: Arc::clone(&config) });
-        Ok(config)
+        let kept = KeptConfig { generation, roots: Arc::clone(&roots), config: Arc::clone(&config) };
+        configs.insert(workload.identity.clone(), kept);
+        Ok((config, roots))
     }
 
     async fn plaintext(&self, pod: &LocalPod, Accepted { stream, peer: source, local }: Accepted) {
@@ -269,6 +282,8 @@ impl Inbound {
 
     fn permit(&self, workload: &Workload, flow: &Flow) -> Result<(), Refusal> {
         if strictly_refused(workload, flow) {
+            // It came before the kernel knew.
+            self.observer.metrics().plaintext_refused();
             let detail = format!("port {} takes mutual TLS only", flow.destination.port());
             return Err(Refusal { reason: CloseReason::PlaintextRefused, detail });
         }

@@ -1,9 +1,10 @@
-//! What a process bounds itself to: open files, and connections whose peers have not shown who they are.
+//! What a process bounds itself to: open files, connections whose peers have not shown who they are, and what one peer may hold.
 //!
 //! Enters: the kernel's limits, and each new connection. Leaves: how many descriptors there are, and who has to go. A stranger
-//! costs a place in an [`Antechamber`] and never one of an authenticated peer's.
+//! costs a place in an [`Antechamber`] and never one of an authenticated peer's; a peer leaves others their [`Shares`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -90,9 +91,79 @@ impl Drop for Waiting {
     }
 }
 
+/// What each peer holds of something of which there is a bounded number.
+#[derive(Debug)]
+pub struct Shares<K> {
+    held: Mutex<HashMap<K, usize>>,
+}
+
+/// One of what a peer holds; dropping it gives it back.
+#[derive(Debug)]
+pub struct Share<K: Eq + Hash> {
+    shares: Arc<Shares<K>>,
+    peer: K,
+}
+
+impl<K: Eq + Hash + Clone> Shares<K> {
+    /// Nobody holds anything.
+    #[must_use]
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self { held: Mutex::default() })
+    }
+
+    /// Gives one more to `peer`, unless it holds as many as are `free`: one peer alone gets half of all, and several as much each as
+    /// they leave for the next.
+    #[must_use]
+    pub fn take(self: &Arc<Self>, peer: &K, free: usize) -> Option<Share<K>> {
+        let mut held = self.lock();
+        let count = held.entry(peer.clone()).or_default();
+        if *count >= free.max(1) {
+            return None;
+        }
+        *count += 1;
+        Some(Share { shares: Arc::clone(self), peer: peer.clone() })
+    }
+}
+
+impl<K: Eq + Hash> Shares<K> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<K, usize>> {
+        // Every change under the lock is complete in itself.
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<K: Eq + Hash> Drop for Share<K> {
+    fn drop(&mut self) {
+        let mut held = self.shares.lock();
+        if let Some(count) = held.get_mut(&self.peer) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(&self.peer);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_peer_gets_half_of_all_and_each_further_one_as_much_as_it_leaves() {
+        let shares = Shares::new();
+        let mut taken: Vec<Share<&str>> = Vec::new();
+        for (peer, gets) in [("one", 60), ("other", 30), ("third", 15)] {
+            while let Some(share) = shares.take(&peer, 120 - taken.len()) {
+                taken.push(share);
+            }
+            assert_eq!(shares.lock()[peer], gets);
+        }
+        assert!(shares.take(&"one", 15).is_none());
+        taken.truncate(60);
+        drop(shares.take(&"other", 1).expect("the last goes to who has nothing"));
+        taken.clear();
+        assert!(shares.lock().is_empty());
+    }
 
     #[test]
     fn the_oldest_goes_when_there_is_no_room() {

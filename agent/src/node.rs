@@ -21,13 +21,15 @@ use crate::discovery::{Discovery, DiscoveryConfig, DiscoveryHandle};
 use crate::drain::{Drain, StopSignals};
 use crate::identity::{ControllerEndpoint, ControllerIssuer, StoreConfig, SvidStore, SystemClock};
 use crate::inbound::Inbound;
-use crate::limits;
 use crate::observe::{AdminSources, ConnectionInfo, Direction, Observer, Readiness, admin, http};
 use crate::outbound::Outbound;
 use crate::serve::Permits;
+use crate::{footprint, limits};
 
 /// How often tunnels and counters that nobody needs are dropped.
 const SWEEP: Duration = Duration::from_secs(10);
+/// How long after the mesh is known starting is over: the node's pods are enrolled, or the programs wait for them.
+const SETTLED: Duration = Duration::from_secs(2);
 /// The life that certificates are asked for; the controller may give less.
 const CERTIFICATE_LIFE: Duration = Duration::from_secs(24 * 3600);
 /// The trust domain of a control plane that does not name its own.
@@ -75,6 +77,8 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     tokio::spawn(async move {
         if snapshots.wait_for(|snapshot| snapshot.synced()).await.is_ok() {
             synced.met();
+            tokio::time::sleep(SETTLED).await;
+            tokio::task::spawn_blocking(footprint::release);
         }
     });
     info!(node = %config.node, controller = %config.controller, "agent started");

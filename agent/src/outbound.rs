@@ -24,9 +24,10 @@ use crate::deliver::{DeliverError, passthrough};
 use crate::discovery::DiscoveryHandle;
 use crate::drain::Drain;
 use crate::identity::{SvidError, SvidStore};
-use crate::model::{CloseReason, OriginalDst, PeerAddr, Snapshot, SpiffeId, Workload};
+use crate::model::{CloseReason, Flow, OriginalDst, PeerAddr, Snapshot, SpiffeId, Workload};
 use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Security, Side};
-use crate::relay::{Cancel, End, Sink, Source, relay, tcp};
+use crate::open_connections::{OpenConnections, Registered};
+use crate::relay::{Sink, Source, relay, tcp};
 use crate::serve::{Permits, serve};
 use crate::tunnel::pool::Pool;
 use crate::tunnel::single::Open;
@@ -52,17 +53,20 @@ pub struct Outbound {
     svids: SvidStore,
     pool: Pool<TunnelKey>,
     robin: RoundRobin,
+    open: Arc<OpenConnections>,
     observer: Observer,
     drain: Drain,
     form: TunnelForm,
 }
 
-/// Who speaks to whom, under which certificate.
+/// Who speaks to whom, under which certificate, and who is believed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TunnelKey {
     source: SpiffeId,
     source_pod: Arc<str>,
     generation: u64,
+    /// The fingerprint of the roots that the destination's certificate chained to: one of them may have been withdrawn since.
+    roots: Arc<str>,
     destination: SpiffeId,
     peer: PeerAddr,
 }
@@ -110,8 +114,8 @@ impl Outbound {
         form: TunnelForm,
     ) -> Arc<Self> {
         let snapshots = discovery.snapshots();
-        let (pool, robin) = (Pool::new(), RoundRobin::default());
-        Arc::new(Self { maps, discovery, snapshots, svids, pool, robin, observer, drain, form })
+        let (pool, robin, open) = (Pool::new(), RoundRobin::default(), Arc::default());
+        Arc::new(Self { maps, discovery, snapshots, svids, pool, robin, open, observer, drain, form })
     }
 
     /// Carries the connections that `pod` makes, until the pod leaves the mesh or the agent stops.
@@ -131,37 +135,41 @@ impl Outbound {
     pub fn sweep(&self) {
         let snapshot = Arc::clone(&self.snapshots.borrow());
         // Whoever is there by now does not know of the tunnel, and who was there may not have been able to say farewell.
+        let roots = Arc::clone(&self.svids.bundle().borrow().fingerprint);
         self.pool.retire(|key| {
             let there = snapshot.workload_at(key.peer.0.ip());
-            there.is_none_or(|workload| workload.identity != key.destination)
+            key.roots != roots || there.is_none_or(|workload| workload.identity != key.destination)
         });
         self.pool.sweep(Instant::now());
         self.robin.sweep(&snapshot);
     }
 
-    /// Closes the tunnels of a pod that left, once their streams have ended.
+    /// Closes the tunnels of a pod that left, once their streams have ended. The open connections of one that is gone altogether end.
     pub fn forget(&self, pod: &LocalPod) {
         let uid = Arc::clone(&pod.workload().uid);
+        if pod.gone.is_cancelled() {
+            self.open.close_all(&uid, CloseReason::PodGone);
+        }
         self.pool.retire(|key| key.source_pod == uid);
     }
 
     async fn carry(&self, pod: &LocalPod, accepted: Accepted) {
         // What it takes to find and open the way is long gone while bytes move.
-        let Some((stream, far, open)) = Box::pin(self.connect(pod, accepted)).await else { return };
+        let Some((stream, far, carried)) = Box::pin(self.connect(pod, accepted)).await else { return };
         match far {
             Opened::Tunnel(mut far) => {
-                relay_outbound(pod, stream, (&mut far.source, &mut far.sink), open).await;
+                relay_outbound(stream, (&mut far.source, &mut far.sink), carried).await;
                 far.end();
             }
             Opened::Plain(far) => {
                 let (mut source, mut sink) = tcp::split(far);
-                relay_outbound(pod, stream, (&mut source, &mut sink), open).await;
+                relay_outbound(stream, (&mut source, &mut sink), carried).await;
             }
         }
     }
 
     /// Opens the way that a captured connection takes; one that has none is reset, counted and logged.
-    async fn connect(&self, pod: &LocalPod, accepted: Accepted) -> Option<(TcpStream, Opened, OpenConnection)> {
+    async fn connect(&self, pod: &LocalPod, accepted: Accepted) -> Option<(TcpStream, Opened, Carried)> {
         let Accepted { stream, peer: source, local } = accepted;
         let workload = pod.workload();
         let Some(original_dst) = self.maps.original_dst(source) else {
@@ -184,7 +192,14 @@ impl Outbound {
             Err(failure) => Err(failure),
         };
         match opened {
-            Ok(far) => Some((stream, far, self.observer.open(info))),
+            Ok(far) => {
+                let flow = Flow { source_identity: Some(workload.identity.clone()), source, destination: info.destination_addr };
+                let registered = self.open.register(&workload.uid, Arc::new(flow));
+                if pod.gone.is_cancelled() {
+                    registered.cancel.cancel(CloseReason::PodGone);
+                }
+                Some((stream, far, Carried { open: self.observer.open(info), registered }))
+            }
             Err(failure) => {
                 tcp::reset_on_close(&stream);
                 self.observer.fail(&info, failure.reason, &failure.detail);
@@ -231,15 +246,16 @@ impl Outbound {
     ) -> Result<Stream, Failure> {
         let svid = self.svids.wait(&source.identity, IDENTITY_DEADLINE).await?;
         let peer = PeerAddr(SocketAddr::new(open.destination.ip(), HBONE_PORT));
+        let bundle = Arc::clone(&self.svids.bundle().borrow());
         let key = TunnelKey {
             source: source.identity.clone(),
             source_pod: Arc::clone(&source.uid),
             generation: svid.generation,
+            roots: Arc::clone(&bundle.fingerprint),
             destination: destination.identity.clone(),
             peer,
         };
         let dial = || async {
-            let bundle = Arc::clone(&self.svids.bundle().borrow());
             let config = tls::client_config(&svid, &bundle, vec![destination.identity.clone()], self.form.alpn())?;
             let socket = pod_socket(pod, peer.0).map_err(|source| TunnelError::Connect { peer: peer.0, source })?;
             let connected = passthrough::connect(socket, peer.0).await;
@@ -260,17 +276,18 @@ impl Outbound {
     }
 }
 
+/// A connection that is carried: what is told of it, and what calls it off. The namespace of a pod that is gone lives for as long as
+/// the agent has sockets in it, but leads nowhere any more.
+struct Carried {
+    open: OpenConnection,
+    registered: Registered,
+}
+
 /// Moves a captured connection's bytes until it ends.
-async fn relay_outbound(pod: &LocalPod, stream: TcpStream, far: (&mut impl Source, &mut impl Sink), open: OpenConnection) {
+async fn relay_outbound(stream: TcpStream, far: (&mut impl Source, &mut impl Sink), Carried { open, registered }: Carried) {
     let (mut source, mut sink) = tcp::split(stream);
     let bytes = Arc::clone(open.bytes());
-    // Nothing else calls an outbound connection off but the end of the agent, which drops it.
-    let never = Cancel::default();
-    let end = tokio::select! {
-        end = relay((&mut source, &mut sink), far, (&bytes.sent, &bytes.received), &never) => end,
-        // Its namespace lives for as long as the agent has sockets in it, but leads nowhere any more.
-        () = pod.gone.cancelled() => End::Cancelled(CloseReason::PodGone),
-    };
+    let end = relay((&mut source, &mut sink), far, (&bytes.sent, &bytes.received), &registered.cancel).await;
     open.close(end.reason(), None);
 }
 

@@ -26,6 +26,12 @@ impl Permits {
     pub fn take(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.0).try_acquire_owned().ok()
     }
+
+    /// For how many more connections there is room.
+    #[must_use]
+    pub fn free(&self) -> usize {
+        self.0.available_permits()
+    }
 }
 
 /// Hands each connection that arrives at `listener` to `handle`, in a task of its own, until the pod leaves the mesh or the agent

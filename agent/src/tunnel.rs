@@ -31,6 +31,10 @@ pub use stream::{Stream, StreamSink, StreamSource};
 /// How long a TLS handshake may take, on either side.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long an accepted tunnel is kept that carries nothing: longer than the dialling side keeps it ([`pool`]), which knows better
+/// whether it will be wanted.
+const ACCEPTED_IDLE: Duration = Duration::from_secs(120);
+
 /// Which forms this agent offers and takes for its tunnels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TunnelForm {

@@ -159,10 +159,8 @@ pub fn converse_over(mut stream: TcpStream, marker: &str) -> io::Result<Seen> {
 
 /// What ended a connection that is none any more.
 fn cause(stream: &TcpStream, error: io::Error) -> io::Error {
-    match error.kind() {
-        io::ErrorKind::NotConnected => stream.take_error().ok().flatten().unwrap_or(error),
-        _ => error,
-    }
+    let told = if error.kind() == io::ErrorKind::NotConnected { stream.take_error().ok().flatten() } else { None };
+    told.unwrap_or(error)
 }
 
 /// Ends a connection by a reset.

@@ -5,7 +5,7 @@
 //! are there before all of these, and try again every 10 ms, as an application does that starts before what it needs.
 
 use std::fs::{self, File};
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -20,10 +20,12 @@ use crate::mesh::{self, PodSpec};
 
 /// How long a client goes on trying once its pod's network is there.
 const TRIES: Duration = Duration::from_secs(4);
+/// How long a client waits for its pod's network.
+const NETWORK: Duration = Duration::from_secs(60);
 /// How long a client waits before it tries again.
 pub const PAUSE: Duration = Duration::from_millis(10);
 /// How long one attempt may take.
-const ATTEMPT: Duration = Duration::from_secs(2);
+pub const ATTEMPT: Duration = Duration::from_millis(300);
 
 /// Which comes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +58,8 @@ pub struct Attempts {
     pub reached: Option<Duration>,
     /// How often it tried in vain once the network was there.
     pub failures: usize,
+    /// How many of these had no answer at all.
+    pub unanswered: usize,
     /// The last failure.
     pub last: Option<String>,
 }
@@ -99,13 +103,13 @@ impl Crowd {
 
 impl Drop for Crowd {
     fn drop(&mut self) {
+        // The kernel takes its time with what is left in a namespace, and the next of that number wants its names.
+        for (node, link) in &self.links {
+            let _gone_already = Command::new("ip").args(["-n", node, "link", "del", link]).output();
+        }
         for mount in &self.mounts {
             let _gone_already = umount2(mount, MntFlags::MNT_DETACH);
             let _gone_already = fs::remove_file(mount);
-        }
-        // The kernel takes its time with what is left in a namespace; the next wave's links have the same names.
-        for (node, link) in &self.links {
-            let _gone_already = Command::new("ip").args(["-n", node, "link", "del", link]).output();
         }
     }
 }
@@ -176,7 +180,8 @@ fn batch(options: &[&str], lines: &str) -> Result<(), String> {
 }
 
 fn try_until_reached(target: SocketAddr, marker: &str, connected: &OnceLock<Instant>) -> Attempts {
-    let mut attempts = Attempts { reached: None, failures: 0, last: None };
+    let mut attempts = Attempts { reached: None, failures: 0, unanswered: 0, last: None };
+    let started = Instant::now();
     loop {
         match converse(target, marker) {
             Ok(()) => {
@@ -184,11 +189,14 @@ fn try_until_reached(target: SocketAddr, marker: &str, connected: &OnceLock<Inst
                 return attempts;
             }
             Err(error) => {
+                let late = matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock);
                 attempts.failures += usize::from(connected.get().is_some());
+                attempts.unanswered += usize::from(connected.get().is_some() && late);
                 attempts.last = Some(error.to_string());
             }
         }
-        if connected.get().is_some_and(|since| since.elapsed() > TRIES) {
+        // Without a network there is nothing to wait for: the pod could not be made, which is told elsewhere.
+        if connected.get().map_or(started.elapsed() > NETWORK, |since| since.elapsed() > TRIES) {
             return attempts;
         }
         std::thread::sleep(PAUSE);

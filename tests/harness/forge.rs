@@ -16,6 +16,8 @@ use crate::Mesh;
 pub struct Forge {
     issuer: Issuer<'static, KeyPair>,
     root: CertificateDer<'static>,
+    /// The root, as PEM text.
+    pub root_pem: String,
 }
 
 /// A certificate to be made. The default is a good one for nobody.
@@ -70,9 +72,10 @@ impl Forge {
     #[must_use]
     pub fn of_controller(mesh: &Mesh) -> Self {
         let read = |name| fs::read_to_string(mesh.directory().join("state").join(name)).expect("the controller keeps it there");
-        let root = CertificateDer::from_pem_slice(read("root-cert.pem").as_bytes()).expect("a certificate");
+        let root_pem = read("root-cert.pem");
+        let root = CertificateDer::from_pem_slice(root_pem.as_bytes()).expect("a certificate");
         let key = KeyPair::from_pem(&read("ca-key.pem")).expect("a key");
-        Self { issuer: Issuer::from_ca_cert_der(&root, key).expect("an authority's certificate"), root }
+        Self { issuer: Issuer::from_ca_cert_der(&root, key).expect("an authority's certificate"), root, root_pem }
     }
 
     /// With a root of its own, that looks like the controller's.
@@ -88,8 +91,8 @@ impl Forge {
         params.distinguished_name.push(DnType::CommonName, "Culvert root");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        let root = params.self_signed(&key).expect("a root").der().clone();
-        Self { issuer: Issuer::new(params, key), root }
+        let root = params.self_signed(&key).expect("a root");
+        Self { issuer: Issuer::new(params, key), root: root.der().clone(), root_pem: root.pem() }
     }
 
     /// Makes what is wanted.

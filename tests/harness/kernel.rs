@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use aya::maps::{HashMap, Map, MapData, SockHash};
 
@@ -36,6 +37,34 @@ pub fn holdings(mesh: &Mesh, node: usize) -> Holdings {
         entries: entries.into(),
         links: fs::read_dir(pins.join("pods")).expect("a directory").count(),
         descriptors: fs::read_dir(format!("/proc/{process}/fd")).expect("the agent runs").count(),
+    }
+}
+
+/// What the programs of a node do with an address and port, as one of their tables says: `DESTINATIONS` of those that pods dial
+/// (0 lets pass, 1 captures), `ADMISSIONS` of plaintext that comes to pods (0 refuses, 1 lets in, 2 steers to the agent).
+#[derive(Clone, Debug)]
+pub struct Rulings(BTreeMap<(IpAddr, u16), u32>);
+
+impl Rulings {
+    /// What a table says now.
+    ///
+    /// # Panics
+    /// When the agent has pinned no such table.
+    #[must_use]
+    pub fn read(mesh: &Mesh, node: usize, table: &str) -> Self {
+        let data = MapData::from_pin(mesh.pin_dir(node).join(table)).expect("a pinned map");
+        let map = HashMap::<_, [u8; 20], [u8; 4]>::try_from(Map::HashMap(data)).expect("a map of this layout");
+        let place = |key: [u8; 20]| {
+            let address: [u8; 16] = *key.first_chunk().expect("16 of 20 bytes");
+            (Ipv6Addr::from(address).to_canonical(), u16::from_ne_bytes([key[16], key[17]]))
+        };
+        Self(map.iter().flatten().map(|(key, ruling)| (place(key), u32::from_ne_bytes(ruling))).collect())
+    }
+
+    /// What it says of a place: the port's own word, or that of the address.
+    #[must_use]
+    pub fn of(&self, place: SocketAddr) -> Option<u32> {
+        self.0.get(&(place.ip(), place.port())).or_else(|| self.0.get(&(place.ip(), 0))).copied()
     }
 }
 

@@ -1,6 +1,7 @@
 //! Another implementation of the tunnel (HBONE, HTTP/2 only), which believes whatever it is shown: a stranger with any certificate.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -61,6 +62,25 @@ pub fn dial(
 ) -> Result<String, Refused> {
     namespace
         .run(move || runtime().block_on(patiently(dial_here(SocketAddr::new(pod, HBONE_PORT), credentials, authority, words))))
+}
+
+/// Opens a tunnel from `namespace` to a pod's tunnel port and in it so many streams to `authority`, and pushes up to so many bytes into
+/// each, until nothing has been taken for a second. Gives how many bytes were taken in all.
+///
+/// # Errors
+/// How it was refused.
+///
+/// # Panics
+/// When the thread cannot have a runtime.
+pub fn press(
+    namespace: &Namespace,
+    pod: std::net::IpAddr,
+    credentials: Credentials,
+    authority: SocketAddr,
+    (streams, bytes): (usize, usize),
+) -> Result<usize, Refused> {
+    let to = SocketAddr::new(pod, HBONE_PORT);
+    namespace.run(move || runtime().block_on(press_here(to, credentials, authority, (streams, bytes))))
 }
 
 /// Sends one gRPC request from `namespace` to a controller, with a token or none, and gives the status that it is answered with.
@@ -128,6 +148,52 @@ async fn dial_here(
         },
         answer => answer,
     }
+}
+
+async fn press_here(
+    to: SocketAddr,
+    credentials: Credentials,
+    authority: SocketAddr,
+    (streams, bytes): (usize, usize),
+) -> Result<usize, Refused> {
+    let (mut requests, _driven) = handshake(to, Some(credentials)).await?;
+    let taken = Arc::new(AtomicUsize::new(0));
+    let mut pushing = tokio::task::JoinSet::new();
+    for _ in 0..streams {
+        requests = requests.ready().await?;
+        let request = Request::builder().method(Method::CONNECT).uri(authority.to_string()).body(())?;
+        let (response, sink) = requests.send_request(request, false)?;
+        let response = response.await?;
+        if !response.status().is_success() {
+            return Err(Refused::Status(response.status().as_u16()));
+        }
+        pushing.spawn(push(sink, response.into_body(), bytes, Arc::clone(&taken)));
+    }
+    loop {
+        let before = taken.load(Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        if taken.load(Ordering::Relaxed) == before {
+            return Ok(before);
+        }
+    }
+}
+
+/// Pushes bytes as the windows let it, and holds the stream.
+async fn push(mut sink: SendStream<Bytes>, _body: RecvStream, bytes: usize, taken: Arc<AtomicUsize>) {
+    const BLOCK: &[u8] = &[7; 16_384];
+    for _ in 0..bytes / BLOCK.len() {
+        let mut left = Bytes::from_static(BLOCK);
+        while !left.is_empty() {
+            sink.reserve_capacity(left.len());
+            let Some(Ok(capacity)) = std::future::poll_fn(|cx| sink.poll_capacity(cx)).await else { return };
+            let part = left.split_to(capacity.min(left.len()));
+            taken.fetch_add(part.len(), Ordering::Relaxed);
+            if sink.send_data(part, false).is_err() {
+                return;
+            }
+        }
+    }
+    std::future::pending().await
 }
 
 async fn call_here(to: SocketAddr, path: &str, token: Option<String>) -> Result<String, Refused> {

@@ -5,8 +5,9 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use harness::attacker::{self, Tls};
-use harness::forge::Credentials;
+use harness::forge::{Credentials, Forge, Wanted};
 use harness::http2::{self, kind};
+use harness::{app, peer};
 use rand::Rng as _;
 use rand::rngs::StdRng;
 use socket2::SockRef;
@@ -156,6 +157,28 @@ fn a_stolen_certificate_and_hostile_http2() {
             });
         });
     }
+}
+
+/// Streams of a tunnel, and bytes that are pushed into each: more than the sockets behind it take.
+const PRESSED: (usize, usize) = (100, 8 << 20);
+
+#[test]
+fn a_stolen_certificate_and_streams_that_nobody_reads() {
+    let mut scene = Scene::new();
+    let unread = SocketAddr::new(scene.server.v4, PORT + 1);
+    app::server(&scene.server.netns, PORT + 1, |_stream| std::thread::park());
+    let stolen = Forge::of_controller(&scene.mesh).make(&Wanted::workload(FRIEND));
+    scene.withstand("streams into an application that does not read", |scene, _| {
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                let stolen = stolen.clone();
+                scope.spawn(move || {
+                    let taken = peer::press(&scene.outsider.netns, scene.server.v4, stolen, unread, PRESSED).expect("a tunnel");
+                    eprintln!("{} MiB were taken", taken >> 20);
+                });
+            }
+        });
+    });
 }
 
 /// Authorities that are none, or of nobody whom a peer may reach through the server's tunnel.

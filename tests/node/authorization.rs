@@ -421,12 +421,28 @@ fn default_deny_lets_through_only_what_is_allowed() {
     let mut mesh = Mesh::start_with(&["--default-deny"]);
     let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
     app::server(&server.netns, PORT, app::echo);
-    let friend = mesh.pod(PodSpec { name: "friend", namespace: "shop", node: 0, enrolled: true });
-    let reached = || app::converse(&friend.netns, server.at(false, PORT), "hello").is_ok();
-    eventually("the denial is logged", || {
-        assert!(!reached());
-        mesh.log("agent-b").contains("policy_denied")
-    });
+    let [friend, other, plain] = [("friend", true), ("other", true), ("plain", false)]
+        .map(|(name, enrolled)| mesh.pod(PodSpec { name, namespace: "shop", node: 0, enrolled }));
+    let reached = |client: &Pod| app::converse(&client.netns, server.at(false, PORT), "hello").is_ok();
+    let denied = |name: &str| {
+        let about = format!("src.workload=\"{name}\"");
+        let log = mesh.log("agent-b");
+        log.lines().filter(|line| line.contains(&about) && line.contains("reason=\"policy_denied\"")).count()
+    };
+    for (client, name) in [(&friend, "friend"), (&other, "other"), (&plain, "plain")] {
+        eventually(&format!("the denial of {name} is logged"), || {
+            assert!(!reached(client), "{name}");
+            denied(name) > 0
+        });
+    }
     mesh.apply("rule", &policy("rule", "ALLOW", "{from: [{source: {principals: [cluster.local/ns/shop/sa/friend]}}]}"));
-    eventually("what is allowed passes", reached);
+    eventually("what is allowed passes", || reached(&friend));
+    for (client, name) in [(&other, "other"), (&plain, "plain")] {
+        let before = denied(name);
+        assert!(!reached(client), "{name} is denied still");
+        eventually(&format!("the denial of {name} is logged"), || denied(name) > before);
+    }
+    // Without it, nobody is.
+    mesh.delete("rule");
+    eventually("what was allowed is denied again", || !reached(&friend));
 }

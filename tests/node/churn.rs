@@ -197,9 +197,12 @@ fn a_process_that_outlives_its_pod_does_not_get_out() {
     let mut left = netns.command("sh");
     left.args(["-c", "read go; for i in 1 2 3 4 5 6 7 8; do curl -sm1 -d marker-left \"$0\"; sleep 0.1; done", &url]);
     let mut left = left.stdin(std::process::Stdio::piped()).spawn().expect("a shell");
+    let carried = open(&client, &server);
     let mut capture = mesh.capture_between_nodes();
     mesh.unmount(&client);
     eventually("the pod is released", || mesh.log("agent-a").contains("pod released pod=client "));
+    eventually("its open connection is ended", || mesh.log("agent-a").contains("reason=\"pod_gone\""));
+    assert!(app::breaks(&carried, Duration::from_secs(5)), "by a reset");
     left.stdin.take().expect("a pipe").write_all(b"\n").expect("the shell reads");
     left.wait().expect("a child of ours");
     capture.finish();

@@ -25,6 +25,7 @@ mod issuance;
 mod modes;
 mod outage;
 mod programs;
+mod readiness;
 mod renewal;
 mod services;
 mod shared_kernel;

@@ -2,7 +2,7 @@
 //! sockets, connecting again, handing on to children; and it sees the addresses that it would see without a mesh.
 
 use std::io::{self, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::process::Stdio;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use harness::{Mesh, Namespace, Pod, PodSpec, app, eventually};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
-use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockRef, Socket, Type};
 
 const PORT: u16 = 8080;
 /// `IPPROTO_MPTCP` and `MSG_FASTOPEN`, of Linux.
@@ -343,4 +343,20 @@ fn multipath_tcp_is_carried_as_the_tcp_that_it_falls_back_to() {
     }
     capture.finish();
     assert!(!capture.shows(b"marker-multipath"), "in plaintext between the nodes");
+}
+
+#[test]
+fn an_urgent_byte_is_not_lost() {
+    let stage = Stage::new();
+    let reports = app::reporting(&stage.server.netns, PORT + 1, |mut stream| {
+        let mut all = String::new();
+        stream.read_to_string(&mut all).map(|_bytes| all)
+    });
+    let mut stream = app::connect(&stage.client.netns, stage.server.at(false, PORT + 1)).expect("a connection");
+    stream.write_all(b"before").expect("open");
+    SockRef::from(&stream).send_out_of_band(b"!").expect("open");
+    stream.write_all(b"after").expect("open");
+    stream.shutdown(Shutdown::Write).expect("open");
+    let all = reports.recv_timeout(Duration::from_secs(8)).expect("the server's report");
+    assert_eq!(all.expect("an end in order"), "before!after");
 }

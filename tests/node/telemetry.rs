@@ -153,3 +153,70 @@ fn check_metrics(mesh: &Mesh) {
         assert_eq!(page.sum("istio_tcp_received_bytes_total", &[]), REQUEST as u64, "{reporter}: and nothing else");
     }
 }
+
+/// Policies for the server: one that denies nobody of this test, so that plaintext comes to the agent, and one that denies `denied`.
+const POLICIES: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: rule, namespace: shop}\n\
+                        spec: {action: DENY, rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/denied]}}]}]}\n";
+
+#[test]
+fn plaintext_denials_and_refusals_are_counted_as_what_they_are() {
+    let mut mesh = Mesh::start();
+    let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
+    app::server(&server.netns, PORT, answer);
+    let [denied, plain] = [("denied", true), ("plain", false)]
+        .map(|(name, enrolled)| mesh.pod(PodSpec { name, namespace: "shop", node: 0, enrolled }));
+    mesh.apply("rule", POLICIES);
+    mesh.await_policy("shop", Some("rule"));
+    let at_server = |name: &str, more: &[&str]| {
+        let labels = [&["reporter=\"destination\"", "destination_workload=\"server\""], more].concat();
+        mesh.metrics(1).sum(name, &labels)
+    };
+
+    // Before the agent has the policy in force the kernel passes plaintext, which nobody counts.
+    let of_plain = ["source_workload=\"plain\"", "source_principal=\"unknown\"", "connection_security_policy=\"none\""];
+    eventually("plaintext comes to the agent", || {
+        app::connect(&plain.netns, server.at(false, PORT)).is_ok()
+            && at_server("istio_tcp_connections_closed_total", &of_plain) > 0
+    });
+    let opened = at_server("istio_tcp_connections_opened_total", &of_plain);
+    let mut stream = app::connect(&plain.netns, server.at(false, PORT)).expect("PERMISSIVE takes plaintext");
+    stream.write_all(&[1; REQUEST]).expect("open");
+    stream.shutdown(Shutdown::Write).expect("open");
+    assert_eq!(stream.read_to_end(&mut Vec::new()).expect("a response"), RESPONSE);
+    eventually("it is counted", || at_server("istio_tcp_connections_opened_total", &of_plain) == opened + 1);
+    eventually("to the byte", || at_server("istio_tcp_received_bytes_total", &of_plain) == REQUEST as u64);
+    assert_eq!(at_server("istio_tcp_sent_bytes_total", &of_plain), RESPONSE as u64);
+    let tunnelled = ["source_workload=\"plain\"", "connection_security_policy=\"mutual_tls\""];
+    assert_eq!(at_server("istio_tcp_connections_opened_total", &tunnelled), 0, "and as nothing else");
+
+    let of_denied = [
+        "source_principal=\"spiffe://cluster.local/ns/shop/sa/denied\"",
+        "connection_security_policy=\"mutual_tls\"",
+        "response_flags=\"policy_denied\"",
+    ];
+    let verdicts = || mesh.metrics(1).sum("culvert_policy_verdicts_total", &["policy=\"shop/rule\"", "verdict=\"deny\""]);
+    eventually("a denial is counted", || {
+        assert!(app::converse(&denied.netns, server.at(false, PORT), "hello").is_err());
+        at_server("istio_tcp_connections_failed_total", &of_denied) > 0
+    });
+    assert_eq!(verdicts(), at_server("istio_tcp_connections_failed_total", &of_denied), "by the policy as by the pair");
+    assert_eq!(mesh.metrics(1).sum("culvert_connections_closed_total", &["reason=\"policy_denied\""]), verdicts());
+    let at_source = |more: &[&str]| {
+        let labels = [&["reporter=\"source\"", "source_workload=\"denied\""], more].concat();
+        mesh.metrics(0).sum("istio_tcp_connections_failed_total", &labels)
+    };
+    eventually("at the source as well", || at_source(&["response_flags=\"policy_denied\""]) == verdicts());
+
+    let refused = || mesh.metrics(1).sum("culvert_plaintext_refused_total", &[]);
+    assert_eq!(refused(), 0);
+    mesh.mode("shop", "STRICT");
+    let is_refused =
+        || app::connect(&plain.netns, server.at(false, PORT)).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
+    eventually("STRICT holds", is_refused);
+    eventually("the refusal is counted", || refused() > 0);
+    let before = refused();
+    assert!((0..5).all(|_| is_refused()));
+    eventually("each is counted", || refused() == before + 5);
+    let by_pair = [&of_plain[..], &["response_flags=\"plaintext_refused\""]].concat();
+    eventually("by the pair as well", || at_server("istio_tcp_connections_failed_total", &by_pair) == refused());
+}

@@ -20,10 +20,27 @@ fn both_ends_see_the_addresses_that_they_would_see_without_a_mesh() {
     let mapped = format!("[::ffff:{}]:{PORT}", server.v4).parse().expect("an address");
     let seen = app::converse(&client.netns, mapped, "mapped").expect("a conversation over a mapped address");
     assert_eq!(seen.client.ip(), client.v4);
-    let own = app::converse(&server.netns, server.at(false, PORT), "self").expect("a pod reaches itself");
-    assert_eq!((own.client, own.peer), (own.local, server.at(false, PORT)), "and nobody stands between");
     let localhost = app::converse(&server.netns, ([127, 0, 0, 1], PORT).into(), "lo").expect("localhost is untouched");
     assert_eq!(localhost.client, localhost.local);
+}
+
+#[test]
+fn a_pod_reaches_itself_by_its_own_addresses_whatever_its_mode() {
+    let mut mesh = Mesh::start();
+    let (_client, server) = app::pair(&mut mesh, PORT);
+    let outsider = mesh.pod(PodSpec { name: "outsider", namespace: "shop", node: 1, enrolled: false });
+    let refused = |v6| app::converse(&outsider.netns, server.at(v6, PORT), "hello").is_err();
+    for mode in ["PERMISSIVE", "STRICT"] {
+        mesh.mode("shop", mode);
+        eventually(&format!("{mode} holds"), || [false, true].map(refused) == [mode == "STRICT"; 2]);
+        let mut capture = mesh.capture_on_node(1);
+        for v6 in [false, true] {
+            let own = app::converse(&server.netns, server.at(v6, PORT), "marker-self").expect("a pod reaches itself");
+            assert_eq!((own.client, own.peer), (own.local, server.at(v6, PORT)), "{mode}: somebody stands between");
+        }
+        capture.finish();
+        assert!(!capture.shows(b"marker-self"), "{mode}: it has left the pod");
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::run::{root, run, succeeds};
 
@@ -86,18 +86,23 @@ pub(crate) fn ensure(scope: Scope) -> Result<()> {
     if matches!(scope, Scope::Test | Scope::Bench) && postgres().is_none() {
         missing.push("postgresql");
     }
-    if !has_kernel_compiler() {
-        missing.extend(PACKAGED_COMPILER);
+    let (compiler, linker) = (has_kernel_compiler(), has_linker());
+    if !missing.is_empty() || !compiler || !linker {
+        refresh_packages()?;
     }
-    let linker = has_linker();
-    if !linker {
-        missing.extend(LINKER_LIBRARIES);
-    }
+    // Where the distribution has neither, rustup's nightly and the linker's own LLVM stand in for them.
+    let packaged = [(!compiler, &PACKAGED_COMPILER[..]), (!linker, &LINKER_LIBRARIES[..])]
+        .map(|(wanted, packages)| wanted && packages.iter().all(|package| is_offered(package)));
+    missing.extend(PACKAGED_COMPILER.iter().filter(|_| packaged[0]).chain(LINKER_LIBRARIES.iter().filter(|_| packaged[1])));
     install(&missing)?;
-    if !linker {
-        build_linker()?;
+    if !compiler && !packaged[0] {
+        run(Command::new("rustup").args(["toolchain", "install", "nightly", "--profile", "minimal", "--component", "rust-src"]))
+            .context("the distribution has no compiler for the kernel's target, and rustup's nightly was not installed")?;
     }
-    ensure!(has_kernel_compiler(), "no compiler for bpfel-unknown-none, although its packages are installed");
+    if !linker {
+        build_linker(packaged[1])?;
+    }
+    ensure!(has_kernel_compiler(), "no compiler for bpfel-unknown-none, although one was installed");
     Ok(())
 }
 
@@ -142,31 +147,36 @@ fn install(packages: &[&str]) -> Result<()> {
         std::fs::write(policy, "#!/bin/sh\nexit 101\n").context("keeping installed servers from starting")?;
         run(Command::new("chmod").arg("755").arg(policy))?;
     }
-    let apt = |args: &[&str]| run(Command::new("apt-get").env("DEBIAN_FRONTEND", "noninteractive").args(args));
-    let installed =
-        apt(&["update", "-qq"]).and_then(|()| apt(&[&["install", "-y", "-qq", "--no-install-recommends"], packages].concat()));
+    let installed = apt(&[&["install", "-y", "-qq", "--no-install-recommends"], packages].concat());
     if ours {
         std::fs::remove_file(policy).context("removing policy-rc.d")?;
     }
     installed.with_context(|| line.clone())
 }
 
-fn build_linker() -> Result<()> {
-    let prefix = PathBuf::from(format!("/usr/lib/llvm-{LLVM}"));
-    if !prefix.is_dir() {
-        bail!("bpf-linker needs LLVM {LLVM} in {}", prefix.display());
+fn apt(arguments: &[&str]) -> Result<()> {
+    run(Command::new("apt-get").env("DEBIAN_FRONTEND", "noninteractive").args(arguments))
+}
+
+/// Reads the lists of packages anew: a fresh machine may have none. Without the means, installing says what is missing.
+fn refresh_packages() -> Result<()> {
+    if find("apt-get").is_some() && is_root() { apt(&["update", "-qq"]) } else { Ok(()) }
+}
+
+/// Whether the distribution has a package.
+fn is_offered(package: &str) -> bool {
+    succeeds(Command::new("apt-cache").args(["show", "--quiet", package]))
+}
+
+/// Builds the linker against the distribution's LLVM, or against its own.
+fn build_linker(packaged: bool) -> Result<()> {
+    let mut cargo = Command::new("cargo");
+    cargo.current_dir(root()).args(["install", "bpf-linker", "--version", BPF_LINKER, "--locked"]);
+    if packaged {
+        cargo.env("LLVM_PREFIX", format!("/usr/lib/llvm-{LLVM}"));
+        cargo.args(["--no-default-features", "--features", &format!("llvm-{LLVM}")]);
     }
-    let feature = format!("llvm-{LLVM}");
-    run(Command::new("cargo").env("LLVM_PREFIX", prefix).current_dir(root()).args([
-        "install",
-        "bpf-linker",
-        "--version",
-        BPF_LINKER,
-        "--locked",
-        "--no-default-features",
-        "--features",
-        &feature,
-    ]))
+    run(&mut cargo)
 }
 
 /// Whether we may do everything.

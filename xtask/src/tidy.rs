@@ -28,8 +28,39 @@ const ARROWS: [(&str, &[&str]); 20] = [
     ("installation", &["config", "model"]),
     ("diagnosis", &["capture", "config", "installation", "model", "policy"]),
     ("controller", &["backoff", "limits", "model", "observe", "policy", "proto"]),
-    ("outbound", &["capture", "deliver", "discovery", "drain", "identity", "model", "observe", "relay", "serve", "tunnel"]),
-    ("inbound", &["capture", "deliver", "drain", "identity", "limits", "model", "observe", "policy", "relay", "serve", "tunnel"]),
+    (
+        "outbound",
+        &[
+            "capture",
+            "deliver",
+            "discovery",
+            "drain",
+            "identity",
+            "model",
+            "observe",
+            "open_connections",
+            "relay",
+            "serve",
+            "tunnel",
+        ],
+    ),
+    (
+        "inbound",
+        &[
+            "capture",
+            "deliver",
+            "drain",
+            "identity",
+            "limits",
+            "model",
+            "observe",
+            "open_connections",
+            "policy",
+            "relay",
+            "serve",
+            "tunnel",
+        ],
+    ),
 ];
 
 /// Which modules of the agent, and what is below them, may name a big dependency.

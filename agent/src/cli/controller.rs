@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::builder::NonEmptyStringValueParser;
+use ipnet::IpNet;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::agent::log_format;
@@ -59,6 +60,11 @@ pub struct ControllerArgs {
     /// Deny connections that no ALLOW policy covers.
     #[arg(long)]
     default_deny: bool,
+
+    /// A range of the cluster's pods or services that no node declares as its podCIDRs, such as 10.96.0.0/12; may be given again. A
+    /// destination in such a range that an agent does not know is asked about, and never passes in plaintext for that.
+    #[arg(long = "cluster-range", value_name = "CIDR")]
+    cluster_ranges: Vec<IpNet>,
 
     /// The namespace whose policies apply to the whole mesh.
     #[arg(long, value_name = "NAME", default_value = "istio-system", value_parser = NonEmptyStringValueParser::new())]
@@ -126,6 +132,7 @@ impl From<ControllerArgs> for ControllerConfig {
             trust_domain: args.trust_domain,
             cert_ttl: args.cert_ttl,
             default_deny: args.default_deny,
+            cluster_ranges: args.cluster_ranges,
             root_namespace: args.root_namespace,
             cluster_domain: args.cluster_domain,
         }

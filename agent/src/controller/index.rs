@@ -48,6 +48,8 @@ pub struct MeshSettings {
     pub cluster_domain: String,
     /// Deny what no ALLOW policy covers.
     pub default_deny: bool,
+    /// Ranges of the cluster's addresses beside those that nodes declare.
+    pub cluster_ranges: Vec<IpNet>,
     /// Namespaces whose pods are never in the mesh, whatever labels say.
     pub excluded_namespaces: BTreeSet<String>,
 }
@@ -102,7 +104,7 @@ pub struct Index {
 }
 
 /// What the changes of one batch touch.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Stale {
     pods: BTreeSet<ObjectName>,
     podless: BTreeSet<Podless>,
@@ -135,7 +137,7 @@ impl Index {
             findings: Findings::default(),
             conflicts: BTreeSet::new(),
             strays: BTreeSet::new(),
-            stale: Stale { mesh: true, nodes: true, namespaces: true, ..Stale::none() },
+            stale: Stale { mesh: true, nodes: true, namespaces: true, ..Stale::default() },
         }
     }
 
@@ -174,7 +176,7 @@ impl Index {
                 }
             }
         }
-        let stale = std::mem::replace(&mut self.stale, Stale::none());
+        let stale = std::mem::take(&mut self.stale);
         if stale.modes {
             update.warnings.extend(self.policies.arrange());
             self.findings.overrule(self.policies.overruled());
@@ -469,21 +471,6 @@ impl Index {
             _ => drop(self.enrolled.insert(Arc::clone(namespace), now)),
         }
         (before == 0) != (now == 0)
-    }
-}
-
-impl Stale {
-    fn none() -> Self {
-        Self {
-            pods: BTreeSet::new(),
-            podless: BTreeSet::new(),
-            services: BTreeSet::new(),
-            policies: BTreeSet::new(),
-            modes: false,
-            mesh: false,
-            nodes: false,
-            namespaces: false,
-        }
     }
 }
 

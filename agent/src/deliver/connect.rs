@@ -14,7 +14,8 @@ use tokio::net::TcpStream;
 use super::{DeliverError, connect_socket};
 
 /// Connects `socket`, made in the pod's namespace, to `destination`, an address of the pod's, with `client` as source address. The
-/// source port is the kernel's choice, or `port`. A client of the other family, or the pod itself, leaves the source to the kernel.
+/// source port is the kernel's choice, or `port`. The pod itself as client leaves the source to the kernel; a client of another family
+/// than the destination is refused by it.
 ///
 /// # Errors
 /// [`DeliverError::Refused`] when the application does not listen; [`DeliverError::Unreachable`]; [`DeliverError::Socket`].
@@ -25,7 +26,7 @@ pub async fn connect(
     destination: SocketAddr,
     mark: u32,
 ) -> Result<TcpStream, DeliverError> {
-    if client.is_ipv4() == destination.is_ipv4() && client != destination.ip() {
+    if client != destination.ip() {
         let source = SocketAddr::new(client, port.unwrap_or(0));
         bind_as(&socket, source, mark).map_err(|source| DeliverError::Socket { destination, source })?;
     }

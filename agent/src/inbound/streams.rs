@@ -1,15 +1,17 @@
 //! What a peer's tunnel carries to a pod, stream by stream, in either form.
 
+use std::future::pending;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 
 use tracing::debug;
 
-use super::open::Registered;
-use super::{Inbound, Refusal};
+use super::{GREEDY, Inbound, Refusal};
 use crate::capture::LocalPod;
 use crate::model::{CloseReason, Flow, SpiffeId};
 use crate::observe::{ConnectionInfo, Direction, Security};
+use crate::open_connections::Registered;
 use crate::relay::tcp;
 use crate::serve::Permits;
 use crate::tunnel::hbone::{self, OpenRequest};
@@ -24,6 +26,8 @@ pub(super) struct Peer {
     pub(super) addr: SocketAddr,
     /// The pod's address and the tunnel port.
     pub(super) local: SocketAddr,
+    /// The fingerprint of the roots that its chain was held against.
+    pub(super) roots: Arc<str>,
 }
 
 impl Inbound {
@@ -35,10 +39,16 @@ impl Inbound {
         mut tunnel: Box<hbone::Inbound>,
         permits: Permits,
     ) {
+        let mut distrusted = pin!(self.distrusted(&peer));
         let mut draining = false;
         loop {
             let request = tokio::select! {
                 request = tunnel.next() => request,
+                () = &mut distrusted, if !draining => {
+                    tunnel.drain();
+                    draining = true;
+                    continue;
+                }
                 () = pod.released.cancelled(), if !draining => {
                     tunnel.drain();
                     draining = true;
@@ -53,12 +63,16 @@ impl Inbound {
             };
             match request {
                 Some(Ok(request)) => {
+                    let Some(share) = self.peers.take(&peer.identity, permits.free()) else {
+                        self.crowded(&pod, &peer, request, GREEDY);
+                        continue;
+                    };
                     let Some(permit) = permits.take() else {
-                        self.crowded(&pod, &peer, request);
+                        self.crowded(&pod, &peer, request, "the agent holds as many connections as its descriptors allow");
                         continue;
                     };
                     let (inbound, pod, peer) = (Arc::clone(&self), Arc::clone(&pod), peer.clone());
-                    self.drain.spawn(async move { inbound.hbone_stream(&pod, &peer, request).await }, permit);
+                    self.drain.spawn(async move { inbound.hbone_stream(&pod, &peer, request).await }, (permit, share));
                 }
                 Some(Err(error)) => {
                     debug!(peer = %peer.addr, %error, "tunnel broke");
@@ -71,9 +85,11 @@ impl Inbound {
 
     /// The streams of a tunnel of the single form, one after the other.
     pub(super) async fn single(&self, pod: Arc<LocalPod>, peer: Peer, mut tunnel: single::Idle) {
+        let mut distrusted = pin!(self.distrusted(&peer));
         loop {
             let next = tokio::select! {
                 next = tunnel.next() => next,
+                () = &mut distrusted => return,
                 () = pod.released.cancelled() => return,
                 () = self.drain.started() => return,
             };
@@ -87,6 +103,15 @@ impl Inbound {
                 Some(idle) => tunnel = idle,
                 None => return,
             }
+        }
+    }
+
+    /// Waits until others are believed than when the peer showed its certificate. No more streams may be opened then: the peer has
+    /// to show it again.
+    async fn distrusted(&self, peer: &Peer) {
+        if self.svids.bundle().wait_for(|bundle| bundle.fingerprint != peer.roots).await.is_err() {
+            // The store has ended, and the agent with it.
+            pending().await
         }
     }
 
@@ -154,9 +179,9 @@ impl Inbound {
         single::reunite(source, sink)
     }
 
-    fn crowded(&self, pod: &LocalPod, peer: &Peer, request: OpenRequest) {
+    fn crowded(&self, pod: &LocalPod, peer: &Peer, request: OpenRequest, why: &str) {
         let info = self.describe(pod, peer, request.destination().unwrap_or(peer.local));
-        self.observer.fail(&info, CloseReason::Overloaded, &"the agent holds as many connections as its descriptors allow");
+        self.observer.fail(&info, CloseReason::Overloaded, &why);
         request.refuse(CloseReason::Overloaded);
     }
 
@@ -179,6 +204,11 @@ impl Inbound {
             let detail = "the stream's destination is not an address and port of this pod".to_owned();
             return Err(Refusal { reason: CloseReason::BadRequest, detail });
         };
+        if destination.is_ipv4() != peer.addr.is_ipv4() {
+            // The application could not be shown the client's address, but its own pod's.
+            let detail = "the stream's destination is of another address family than the tunnel".to_owned();
+            return Err(Refusal { reason: CloseReason::BadRequest, detail });
+        }
         let flow = Arc::new(Flow { source_identity: Some(peer.identity.clone()), source: peer.addr, destination });
         let registered = self.open.register(&pod.workload().uid, Arc::clone(&flow));
         Ok((flow, registered))

@@ -58,9 +58,11 @@ enum Ending {
     Reset,
 }
 
-/// Splits a connection into its halves.
+/// Splits a connection into its halves. Urgent data is read as what it is beside: the next byte in order.
 #[must_use]
 pub fn split(stream: TcpStream) -> (TcpSource, TcpSink) {
+    // Out of line a byte would be lost: nobody asks for it.
+    let _gone = SockRef::from(&stream).set_out_of_band_inline(true);
     let (stream, finished) = (Arc::new(stream), Arc::new(AtomicBool::new(false)));
     let (read_finished, end) = (Arc::clone(&finished), ResetOnDrop::new(&stream));
     let source = TcpSource {

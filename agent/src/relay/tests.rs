@@ -38,6 +38,9 @@ pub(crate) async fn pair() -> (TcpStream, TcpStream) {
     let addr = listener.local_addr().unwrap();
     // Who is refused has nobody to wait for.
     let (dialled, (accepted, _)) = tokio::try_join!(TcpStream::connect(addr), listener.accept()).unwrap();
+    for socket in [&dialled, &accepted] {
+        socket.set_nodelay(true).unwrap();
+    }
     (dialled, accepted)
 }
 

@@ -1,39 +1,49 @@
 //! HBONE: one captured connection is one HTTP/2 `CONNECT` stream (RFC 9113, section 8.5), its destination in `:authority`.
 //!
 //! Interoperates with Istio ambient. A stream's END_STREAM is the connection's FIN, its RST_STREAM the connection's RST, and its
-//! flow-control window the connection's: a window is given back only when the application has taken the bytes. The tunnel's own
-//! window is so large that one slow stream cannot hold up another.
+//! flow-control window the connection's: a window is given back only when the application has taken the bytes. How large windows
+//! are, so that one slow stream cannot hold up another and no peer fills the agent's memory, is up to `windows`.
 
-use std::future::poll_fn;
-use std::io::{self, IoSliceMut};
+use std::future::{Future as _, poll_fn};
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::task::{Context, Poll, ready};
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
-use bytes::{Buf as _, Bytes};
-use h2::{Reason, RecvStream, SendStream, client, server};
+use bytes::Bytes;
+use futures_util::task::AtomicWaker;
+use h2::{Reason, RecvStream, client, server};
 use http::{HeaderName, Method, Request, Response, StatusCode};
+use tokio::time::{Instant, Sleep, sleep};
 use tracing::{Instrument as _, debug};
 
-use super::TunnelError;
+mod halves;
+mod windows;
+
+use self::halves::halves;
+pub use self::halves::{HboneSink, HboneSource};
+use self::windows::{Flow, Still, Windows};
 use super::tls_stream::TlsStream;
+use super::{ACCEPTED_IDLE, TunnelError};
 use crate::model::CloseReason;
-use crate::relay::buffer::{Buffer, Size};
-use crate::relay::{Broken, Fault, Sink, Slices, Source};
 
 /// The ALPN protocol of this form.
 pub const ALPN: &[u8] = b"h2";
-/// A stream's window, in bytes: what one connection may have in flight.
-const STREAM_WINDOW: u32 = 4 << 20;
-/// The tunnel's window, in bytes: more than all its streams can use.
-const TUNNEL_WINDOW: u32 = 1 << 30;
-/// The largest frame taken, in bytes.
-const FRAME: u32 = 1 << 20;
+/// The largest frame taken, in bytes: a part of one is kept until the rest has come.
+const FRAME: u32 = 64 << 10;
+/// How many bytes of a tunnel may wait for its connection to take them, over all its streams.
+const UNSENT: usize = 1 << 20;
+/// How many of each stream's may when there are so many already.
+const LITTLE: usize = 16 << 10;
+/// What small frames may cost beyond their bytes while nobody has taken them out of the tunnel, by h2's reckoning of 256 bytes each.
+const SMALL_FRAMES: usize = 2 << 20;
 /// How many streams a tunnel carries at once.
 pub const STREAMS: u32 = 100;
-/// Fewer bytes than this are copied, so that they don't keep a whole buffer until they are sent.
-const SMALL_CHUNK: usize = 4 * 1024;
+/// An idle tunnel is looked at so many times before it ends, and so often.
+const IDLE_PARTS: u32 = 5;
+const IDLE_PART: Duration = Duration::from_secs(ACCEPTED_IDLE.as_secs() / (IDLE_PARTS as u64 - 1));
 /// Names the reason of a refusal, in the words of the access log. Other implementations skip it.
 const REASON: HeaderName = HeaderName::from_static("culvert-close-reason");
 
@@ -44,45 +54,59 @@ pub struct Outbound {
     shared: Arc<Shared>,
 }
 
+/// What a tunnel's streams and its connection tell each other.
 #[derive(Debug, Default)]
 struct Shared {
     streams: AtomicUsize,
+    /// How many of them stand still: they hold bytes that nobody takes. And how many bytes those are.
+    still: AtomicUsize,
+    held: AtomicUsize,
+    /// The task of the connection, which sees to the windows.
+    connection: AtomicWaker,
     closed: AtomicBool,
+    /// How many bytes have been taken out of it.
+    taken: AtomicU64,
+    /// How many bytes wait for the connection.
+    unsent: AtomicUsize,
+    /// Who waits for there to be fewer.
+    crowd: Mutex<Vec<Waker>>,
+}
+
+/// Bytes that wait for the connection.
+struct Unsent {
+    bytes: Bytes,
+    place: Arc<Place>,
 }
 
 /// The accepting side of a tunnel.
 pub struct Inbound {
     connection: server::Connection<TlsStream, Bytes>,
+    windows: Windows,
+    shared: Arc<Shared>,
+    idle: Idle,
+}
+
+/// For how long a tunnel has carried nothing, in parts of [`ACCEPTED_IDLE`].
+struct Idle {
+    parts: u32,
+    part: Pin<Box<Sleep>>,
 }
 
 /// A peer's wish to open a stream.
 pub struct OpenRequest {
     request: Request<RecvStream>,
     respond: server::SendResponse<Bytes>,
-}
-
-/// The half of a stream that gives bytes.
-#[derive(Debug)]
-pub struct HboneSource {
-    stream: RecvStream,
-    /// What has come and was not passed on.
-    chunk: Bytes,
-    _place: Option<Arc<Place>>,
-}
-
-/// The half of a stream that takes bytes. Dropped before it has finished, it resets the stream.
-#[derive(Debug)]
-pub struct HboneSink {
-    stream: SendStream<Bytes>,
-    /// What was taken and is not yet the tunnel's.
-    pending: Bytes,
-    wanted: Size,
-    _place: Option<Arc<Place>>,
+    place: Place,
 }
 
 /// A stream's place in its tunnel's count.
 #[derive(Debug)]
-struct Place(Arc<Shared>);
+pub(super) struct Place {
+    tunnel: Arc<Shared>,
+    /// How many of its bytes wait for the connection.
+    unsent: AtomicUsize,
+    sink: AtomicWaker,
+}
 
 impl Outbound {
     /// Starts HTTP/2 on an authenticated connection. The tunnel runs in a task of its own until it breaks or the last handle to it
@@ -91,11 +115,13 @@ impl Outbound {
     /// # Errors
     /// [`TunnelError::Broken`] when the peer does not speak HTTP/2.
     pub(super) async fn start(io: TlsStream) -> Result<Self, TunnelError> {
-        let (requests, connection) = client::Builder::new()
-            .initial_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(TUNNEL_WINDOW)
+        let mut windows = Windows::new();
+        let (requests, mut connection) = client::Builder::new()
+            .initial_window_size(windows.stream())
+            .initial_connection_window_size(windows.tunnel())
+            .data_frame_budget(SMALL_FRAMES)
             .max_frame_size(FRAME)
-            .max_send_buffer_size(STREAM_WINDOW as usize)
+            .max_send_buffer_size(UNSENT)
             .enable_push(false)
             .handshake(io)
             .await?;
@@ -103,7 +129,17 @@ impl Outbound {
         let watched = Arc::clone(&shared);
         tokio::spawn(
             async move {
-                if let Err(error) = connection.await {
+                let ended = poll_fn(|cx| {
+                    watched.connection.register(cx.waker());
+                    loop {
+                        watched.adapt(&mut windows, &mut connection);
+                        let polled = Pin::new(&mut connection).poll(cx);
+                        if polled.is_ready() || !watched.adapt(&mut windows, &mut connection) {
+                            return polled;
+                        }
+                    }
+                });
+                if let Err(error) = ended.await {
                     debug!(%error, "tunnel broke");
                 }
                 watched.closed.store(true, Ordering::Release);
@@ -125,18 +161,19 @@ impl Outbound {
         self.shared.closed.load(Ordering::Acquire)
     }
 
-    /// Whether new streams may be opened.
+    /// Takes the place of one more stream; none when the tunnel has ended, or carries as many as both sides let it. A stream past
+    /// that would wait unheard for another's end.
     #[must_use]
-    pub fn usable(&self) -> bool {
-        !self.closed() && self.streams() < STREAMS as usize
+    pub(super) fn place(&self) -> Option<Place> {
+        let most = self.requests.current_max_send_streams().min(STREAMS as usize);
+        if self.closed() { None } else { Place::take(&self.shared, most) }
     }
 
     /// Opens a stream to `destination`, which the peer must reach for us before it answers.
     ///
     /// # Errors
     /// [`TunnelError::Refused`] with the peer's reason, or [`TunnelError::Broken`].
-    pub async fn open(&self, destination: SocketAddr) -> Result<(HboneSource, HboneSink), TunnelError> {
-        let place = Arc::new(Place::take(&self.shared));
+    pub(super) async fn open(&self, place: Place, destination: SocketAddr) -> Result<(HboneSource, HboneSink), TunnelError> {
         let mut request = Request::new(());
         *request.method_mut() = Method::CONNECT;
         // An address and a port are always an authority.
@@ -150,20 +187,90 @@ impl Outbound {
             let reason = word.and_then(CloseReason::from_word).unwrap_or_else(|| reason_of(head.status));
             return Err(TunnelError::Refused { reason });
         }
-        Ok(halves(stream, sink, Some(place)))
+        Ok(halves(stream, sink, place))
     }
 }
 
 impl Place {
-    fn take(shared: &Arc<Shared>) -> Self {
+    fn take(shared: &Arc<Shared>, most: usize) -> Option<Self> {
+        let one_more = |streams| (streams < most).then_some(streams + 1);
+        shared.streams.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).ok()?;
+        Some(Self::in_tunnel(shared))
+    }
+
+    /// Of a stream that is there.
+    fn one_more(shared: &Arc<Shared>) -> Self {
         shared.streams.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(shared))
+        Self::in_tunnel(shared)
+    }
+
+    fn in_tunnel(shared: &Arc<Shared>) -> Self {
+        Self { tunnel: Arc::clone(shared), unsent: AtomicUsize::new(0), sink: AtomicWaker::new() }
+    }
+
+    /// Waits until the connection has taken enough, and says how many bytes it may be given at once. A tunnel that is full lets every
+    /// stream have a little there: what the others have may wait for their readers, when their windows have become smaller.
+    fn poll_room(&self, cx: &mut Context<'_>) -> Poll<usize> {
+        let room = || match (self.tunnel.unsent.load(Ordering::Acquire), self.unsent.load(Ordering::Acquire)) {
+            (..UNSENT, _) => Some(UNSENT),
+            (_, 0) => Some(LITTLE),
+            _ => None,
+        };
+        if let Some(room) = room() {
+            return Poll::Ready(room);
+        }
+        self.sink.register(cx.waker());
+        let mut crowd = self.tunnel.crowd();
+        if !crowd.iter().any(|waker| waker.will_wake(cx.waker())) {
+            crowd.push(cx.waker().clone());
+        }
+        drop(crowd);
+        // Whoever has made room before has not seen us.
+        room().map_or(Poll::Pending, Poll::Ready)
+    }
+
+    /// Counts bytes as waiting for the connection, until they are dropped.
+    fn unsent(self: &Arc<Self>, bytes: Bytes) -> Bytes {
+        self.unsent.fetch_add(bytes.len(), Ordering::AcqRel);
+        self.tunnel.unsent.fetch_add(bytes.len(), Ordering::AcqRel);
+        Bytes::from_owner(Unsent { bytes, place: Arc::clone(self) })
+    }
+}
+
+impl Shared {
+    fn adapt(&self, windows: &mut Windows, flow: &mut impl Flow) -> bool {
+        let still = Still { streams: self.still.load(Ordering::Relaxed), bytes: self.held.load(Ordering::Relaxed) };
+        windows.adapt(still, self.taken.load(Ordering::Relaxed), flow)
+    }
+
+    fn crowd(&self) -> MutexGuard<'_, Vec<Waker>> {
+        self.crowd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AsRef<[u8]> for Unsent {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Unsent {
+    fn drop(&mut self) {
+        let (bytes, tunnel) = (self.bytes.len(), &self.place.tunnel);
+        if self.place.unsent.fetch_sub(bytes, Ordering::AcqRel) == bytes {
+            self.place.sink.wake();
+        }
+        let before = tunnel.unsent.fetch_sub(bytes, Ordering::AcqRel);
+        if before >= UNSENT && before - bytes < UNSENT {
+            let crowd = std::mem::take(&mut *tunnel.crowd());
+            crowd.into_iter().for_each(Waker::wake);
+        }
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+        self.tunnel.streams.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -173,26 +280,61 @@ impl Inbound {
     /// # Errors
     /// [`TunnelError::Broken`] when the peer does not speak HTTP/2.
     pub(super) async fn start(io: TlsStream) -> Result<Self, TunnelError> {
+        let windows = Windows::new();
         let connection = server::Builder::new()
-            .initial_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(TUNNEL_WINDOW)
+            .initial_window_size(windows.stream())
+            .initial_connection_window_size(windows.tunnel())
+            .data_frame_budget(SMALL_FRAMES)
             .max_frame_size(FRAME)
-            .max_send_buffer_size(STREAM_WINDOW as usize)
+            .max_send_buffer_size(UNSENT)
             .max_concurrent_streams(STREAMS)
             .max_header_list_size(16 * 1024)
             .handshake(io)
             .await?;
-        Ok(Self { connection })
+        Ok(Self { connection, windows, shared: Arc::default(), idle: Idle { parts: 0, part: Box::pin(sleep(IDLE_PART)) } })
     }
 
-    /// The peer's next wish; none when the tunnel has ended in order. Must be called until then: it drives all the streams. Cancel
-    /// safe.
+    /// The peer's next wish; none when the tunnel has ended in order, or has carried nothing for too long. Must be called until then: it
+    /// drives all the streams. Cancel safe.
     ///
     /// # Errors
     /// [`TunnelError::Broken`] when the tunnel breaks.
     pub async fn next(&mut self) -> Option<Result<OpenRequest, TunnelError>> {
-        let accepted = self.connection.accept().await?;
-        Some(accepted.map(|(request, respond)| OpenRequest { request, respond }).map_err(TunnelError::from))
+        poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<OpenRequest, TunnelError>>> {
+        self.shared.connection.register(cx.waker());
+        loop {
+            self.shared.adapt(&mut self.windows, &mut self.connection);
+            if self.poll_idle(cx).is_ready() {
+                return Poll::Ready(None);
+            }
+            // What is polled is the connection: it has no state beside it.
+            if let Poll::Ready(accepted) = pin!(self.connection.accept()).poll(cx) {
+                self.idle.parts = 0;
+                let place = |(request, respond)| OpenRequest { request, respond, place: Place::one_more(&self.shared) };
+                return Poll::Ready(accepted.map(|accepted| accepted.map(place).map_err(TunnelError::from)));
+            }
+            if !self.shared.adapt(&mut self.windows, &mut self.connection) {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Ends an idle tunnel: the peer is told first, and has a while to take note.
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.idle.part.as_mut().poll(cx).is_ready() {
+            self.idle.part.as_mut().reset(Instant::now() + IDLE_PART);
+            let idle = self.shared.streams.load(Ordering::Relaxed) == 0;
+            self.idle.parts = if idle { self.idle.parts + 1 } else { 0 };
+            match self.idle.parts {
+                ..IDLE_PARTS => {}
+                IDLE_PARTS => self.drain(),
+                _ => return Poll::Ready(()),
+            }
+        }
+        Poll::Pending
     }
 
     /// Takes no more streams; those that are open go on.
@@ -217,7 +359,7 @@ impl OpenRequest {
     /// [`TunnelError::Broken`] when the peer has given up meanwhile.
     pub fn accept(mut self) -> Result<(HboneSource, HboneSink), TunnelError> {
         let sink = self.respond.send_response(Response::new(()), false)?;
-        Ok(halves(self.request.into_body(), sink, None))
+        Ok(halves(self.request.into_body(), sink, self.place))
     }
 
     /// Waits until the peer gives the stream up.
@@ -233,97 +375,6 @@ impl OpenRequest {
         // A peer that has gone meanwhile needs no answer.
         let _gone = self.respond.send_response(response, true);
     }
-}
-
-fn halves(stream: RecvStream, sink: SendStream<Bytes>, place: Option<Arc<Place>>) -> (HboneSource, HboneSink) {
-    let source = HboneSource { stream, chunk: Bytes::new(), _place: place.clone() };
-    (source, HboneSink { stream: sink, pending: Bytes::new(), wanted: Size::default(), _place: place })
-}
-
-impl Source for HboneSource {
-    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<()>, Broken>> {
-        // An empty frame says nothing.
-        while self.chunk.is_empty() {
-            match ready!(self.stream.poll_data(cx)) {
-                Some(Ok(bytes)) => self.chunk = bytes,
-                // A tunnel that was cut is no end of file.
-                Some(Err(error)) => return Poll::Ready(Err(broken(error))),
-                None => return Poll::Ready(Ok(None)),
-            }
-        }
-        Poll::Ready(Ok(Some(())))
-    }
-
-    fn filled<'a>(&'a self, slices: &mut Slices<'a>) {
-        slices.push(&self.chunk);
-    }
-
-    fn consume(&mut self, bytes: usize) {
-        self.chunk.advance(bytes);
-        // Refused only when more is given back than was taken, or when the stream is gone.
-        let _gone = self.stream.flow_control().release_capacity(bytes);
-    }
-
-    fn holds(&self) -> bool {
-        !self.chunk.is_empty()
-    }
-
-    /// The sink half hears of it.
-    fn poll_broken(&mut self, _cx: &mut Context<'_>) -> Poll<Broken> {
-        Poll::Pending
-    }
-}
-
-impl HboneSink {
-    /// Hands what was taken to the tunnel, as its window allows.
-    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        while !self.pending.is_empty() {
-            self.stream.reserve_capacity(self.pending.len());
-            let capacity = ready!(self.stream.poll_capacity(cx));
-            let capacity = capacity.ok_or_else(|| Broken(io::ErrorKind::BrokenPipe.into()))?.map_err(broken)?;
-            let part = self.pending.split_to(capacity.min(self.pending.len()));
-            self.stream.send_data(part, false).map_err(broken)?;
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl Sink for HboneSink {
-    fn poll_move<S: Source>(&mut self, cx: &mut Context<'_>, source: &mut S) -> Poll<Result<usize, Fault>> {
-        ready!(self.poll_flush(cx)).map_err(|Broken(_)| Fault::Sink)?;
-        let mut buffer = Buffer::take(self.wanted);
-        let bytes = ready!(source.poll_read(cx, &mut [IoSliceMut::new(&mut buffer)])).map_err(|Broken(_)| Fault::Source)?;
-        if bytes == buffer.len() {
-            self.wanted = self.wanted.larger();
-        }
-        self.pending =
-            if bytes < SMALL_CHUNK { Bytes::copy_from_slice(&buffer[..bytes]) } else { Bytes::from_owner(buffer).slice(..bytes) };
-        match self.poll_flush(cx) {
-            Poll::Ready(Err(Broken(_))) => Poll::Ready(Err(Fault::Sink)),
-            Poll::Ready(Ok(())) | Poll::Pending => Poll::Ready(Ok(bytes)),
-        }
-    }
-
-    fn holds(&self) -> bool {
-        !self.pending.is_empty()
-    }
-
-    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        ready!(self.poll_flush(cx))?;
-        Poll::Ready(self.stream.send_data(Bytes::new(), true).map_err(broken))
-    }
-
-    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Broken> {
-        self.stream.poll_reset(cx).map(|reset| reset.map_or_else(broken, |reason| broken(reason.into())))
-    }
-
-    fn reset(&mut self) {
-        self.stream.send_reset(Reason::CONNECT_ERROR);
-    }
-}
-
-fn broken(error: h2::Error) -> Broken {
-    Broken(error.into_io().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()))
 }
 
 /// The status that says a reason to any implementation.
@@ -358,3 +409,6 @@ fn reason_of(status: StatusCode) -> CloseReason {
         _ => CloseReason::BadRequest,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::single::{self, Idle, Open};
 use super::{Stream, StreamSink, StreamSource, Tunnel, TunnelError, hbone};
+use crate::model::CloseReason;
 
 /// How long a tunnel without streams is kept.
 const IDLE: Duration = Duration::from_secs(90);
@@ -30,7 +31,8 @@ pub struct Pool<K> {
 #[derive(Debug, Default)]
 pub(super) struct Slot {
     tunnels: Mutex<Tunnels>,
-    /// Held while the first tunnel, or one more of HBONE, is being made: others wait for it rather than make one each.
+    /// Held while the first tunnel, or one more of HBONE, is being made: others wait for it rather than make one each. Never while a
+    /// stream is being opened, which takes as long as its destination likes.
     dialling: tokio::sync::Mutex<()>,
 }
 
@@ -38,7 +40,7 @@ pub(super) struct Slot {
 struct Tunnels {
     shared: Vec<Warm<Arc<hbone::Outbound>>>,
     idle: Vec<Warm<Idle>>,
-    /// The destination speaks the single form.
+    /// The destination spoke the single form last.
     single: bool,
     retired: bool,
 }
@@ -72,33 +74,18 @@ impl<K: Eq + Hash + Clone> Pool<K> {
         F: Future<Output = Result<Tunnel, TunnelError>>,
     {
         let slot = Arc::clone(lock(&self.slots).entry(key.clone()).or_default());
-        if let Some(stream) = slot.open_pooled(open).await? {
-            return Ok(stream);
-        }
-        let mut first = None;
-        if !slot.lock().single {
-            let dialling = slot.dialling.lock().await;
-            if let Some(stream) = slot.open_pooled(open).await? {
-                return Ok(stream);
-            }
-            if !slot.lock().single {
-                first = Some(Box::pin(dial()).await?);
-                slot.lock().single = matches!(first, Some(Tunnel::Single(_)));
-            }
-            drop(dialling);
-        }
-        let tunnel = match first {
-            Some(tunnel) => tunnel,
-            None => Box::pin(dial()).await?,
-        };
-        match tunnel {
-            Tunnel::Single(idle) => slot.open_single(idle, open).await,
-            Tunnel::Hbone(tunnel) => {
-                let tunnel = Arc::new(tunnel);
-                slot.lock().shared.push(Warm::new(Arc::clone(&tunnel)));
-                Ok(Stream::hbone(tunnel.open(open.destination).await?))
+        for _ in 0..TRIES {
+            let (tunnel, new) = match slot.usable() {
+                Some(tunnel) => (tunnel, false),
+                None => slot.wait_or_dial(&dial).await?,
+            };
+            match slot.open_in(tunnel, open).await {
+                Err(TunnelError::Broken(_) | TunnelError::Cut(_)) if !new => {}
+                opened => return opened,
             }
         }
+        let tunnel = slot.add(Box::pin(dial()).await?)?;
+        slot.open_in(tunnel, open).await
     }
 
     /// Drops the tunnels that are broken, and those that have carried nothing for long. Streams that are open go on.
@@ -154,20 +141,49 @@ impl<K: Eq + Hash + Clone> Default for Pool<K> {
 }
 
 impl Slot {
-    /// A stream in a tunnel that is there; none when no tunnel works.
-    async fn open_pooled(self: &Arc<Self>, open: &Open) -> Result<Option<Stream>, TunnelError> {
-        for _ in 0..TRIES {
-            let Some(tunnel) = self.usable() else { return Ok(None) };
-            let opened = match tunnel {
-                Pooled::Idle(idle) => self.open_single(idle, open).await,
-                Pooled::Shared(tunnel) => tunnel.open(open.destination).await.map(Stream::hbone),
-            };
-            match opened {
-                Err(TunnelError::Broken(_) | TunnelError::Cut(_)) => {}
-                opened => return opened.map(Some),
+    /// A tunnel that others have made meanwhile, or else a new one, and whether it is that.
+    async fn wait_or_dial<F>(&self, dial: &impl Fn() -> F) -> Result<(Pooled, bool), TunnelError>
+    where
+        F: Future<Output = Result<Tunnel, TunnelError>>,
+    {
+        // Whoever needs a tunnel of his own has nothing to wait for.
+        if !self.lock().single {
+            let _dialling = self.dialling.lock().await;
+            if let Some(tunnel) = self.usable() {
+                return Ok((tunnel, false));
+            }
+            if !self.lock().single {
+                return Ok((self.add(Box::pin(dial()).await?)?, true));
             }
         }
-        Ok(None)
+        Ok((self.add(Box::pin(dial()).await?)?, true))
+    }
+
+    /// Takes in a tunnel that has just been made, and picks it for a first stream. It is in nobody else's sight before that has its
+    /// place.
+    fn add(&self, tunnel: Tunnel) -> Result<Pooled, TunnelError> {
+        let mut tunnels = self.lock();
+        match tunnel {
+            Tunnel::Single(idle) => {
+                tunnels.single = true;
+                Ok(Pooled::Idle(idle))
+            }
+            Tunnel::Hbone(tunnel) => {
+                tunnels.single = false;
+                // A peer that lets nobody open a stream, or has gone at once.
+                let place = tunnel.place().ok_or(TunnelError::Refused { reason: CloseReason::TunnelFailed })?;
+                let tunnel = Arc::new(tunnel);
+                tunnels.shared.push(Warm::new(Arc::clone(&tunnel)));
+                Ok(Pooled::Shared(tunnel, place))
+            }
+        }
+    }
+
+    async fn open_in(self: &Arc<Self>, tunnel: Pooled, open: &Open) -> Result<Stream, TunnelError> {
+        match tunnel {
+            Pooled::Idle(idle) => self.open_single(idle, open).await,
+            Pooled::Shared(tunnel, place) => Ok(Stream::hbone(tunnel.open(place, open.destination).await?)),
+        }
     }
 
     async fn open_single(self: &Arc<Self>, idle: Idle, open: &Open) -> Result<Stream, TunnelError> {
@@ -192,6 +208,7 @@ impl Slot {
         }
     }
 
+    /// A tunnel that is there, with a place in it for one stream more.
     fn usable(&self) -> Option<Pooled> {
         let mut tunnels = self.lock();
         // The one used last is the likeliest to be there still.
@@ -201,9 +218,11 @@ impl Slot {
             }
         }
         tunnels.shared.retain(|warm| !warm.tunnel.closed());
-        let warm = tunnels.shared.iter_mut().filter(|warm| warm.tunnel.usable()).min_by_key(|warm| warm.tunnel.streams())?;
+        // All streams get their places under this lock; that one ends meanwhile does no harm.
+        let warm = tunnels.shared.iter_mut().min_by_key(|warm| warm.tunnel.streams())?;
+        let place = warm.tunnel.place()?;
         warm.last_used = Instant::now();
-        Some(Pooled::Shared(Arc::clone(&warm.tunnel)))
+        Some(Pooled::Shared(Arc::clone(&warm.tunnel), place))
     }
 
     fn lock(&self) -> MutexGuard<'_, Tunnels> {
@@ -213,7 +232,7 @@ impl Slot {
 
 enum Pooled {
     Idle(Idle),
-    Shared(Arc<hbone::Outbound>),
+    Shared(Arc<hbone::Outbound>, hbone::Place),
 }
 
 /// Gives a stream's tunnel back, if it ended in order and the pool still wants it.
@@ -227,3 +246,6 @@ pub(super) fn give_back(home: &Weak<Slot>, source: single::SingleSource, sink: s
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

@@ -51,6 +51,16 @@ pub(super) struct Opened {
 #[error("the keys agreed on are not of AES-GCM, or not new")]
 pub(super) struct UnusableKeys;
 
+/// Why a connection cannot go on after its handshake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Unusable {
+    #[error(transparent)]
+    Keys(#[from] UnusableKeys),
+    /// No peer of ours sends so much before it has been answered.
+    #[error("{0} bytes have come behind the handshake, more than are kept")]
+    TooMuch(usize),
+}
+
 impl Sealer {
     /// Seals with these keys, from their first record on.
     pub(super) fn new((sequence, secrets): &(u64, ConnectionTrafficSecrets)) -> Result<Self, UnusableKeys> {

@@ -27,7 +27,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
+use tokio::time::timeout;
 
+use super::ACCEPTED_IDLE;
 use super::tls_stream::{RecordReader, RecordWriter, TlsStream};
 use crate::model::CloseReason;
 use crate::relay::tcp::{ResetOnDrop, Watch};
@@ -104,14 +106,14 @@ impl Idle {
         }
     }
 
-    /// Waits for the next stream, as the acceptor; none when the dialler has closed the tunnel. Cancel safe: dropped, it closes the
-    /// tunnel.
+    /// Waits for the next stream, as the acceptor; none when the dialler has closed the tunnel, or has left it idle for too long. Cancel
+    /// safe: dropped, it closes the tunnel.
     ///
     /// # Errors
     /// The connection's error: it broke, or the peer spoke out of turn.
     pub async fn next(self) -> io::Result<Option<(Open, SingleSource, SingleSink)>> {
         let (mut source, mut sink) = self.start();
-        match source.piece_or_end().await {
+        match timeout(ACCEPTED_IDLE, source.piece_or_end()).await.unwrap_or(Ok(None)) {
             Ok(Some(Piece::Open(open))) => Ok(Some((open, source, sink))),
             Ok(Some(Piece::Answer(_) | Piece::Data(_) | Piece::Fin)) => Err(out_of_turn()),
             Ok(None) => {

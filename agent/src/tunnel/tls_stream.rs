@@ -18,7 +18,7 @@ use rustls::{ConnectionTrafficSecrets, ContentType, ExtractedSecrets};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-use super::record::{self, HEAD, LARGEST_PAYLOAD, Opener, Sealer, TAIL, UnusableKeys};
+use super::record::{self, HEAD, LARGEST_PAYLOAD, Opener, Sealer, TAIL, Unusable};
 use crate::relay::buffer::{Buffer, Size};
 use crate::relay::tcp::{poll_receive, poll_send};
 use crate::relay::{Broken, Fault, Source};
@@ -86,12 +86,7 @@ struct Keys {
 
 impl TlsStream {
     /// A connection that has just been made. `received` is what came behind the handshake.
-    pub(super) fn new(
-        stream: TcpStream,
-        secrets: &ExtractedSecrets,
-        kernel: Kernel,
-        received: &[u8],
-    ) -> Result<Self, UnusableKeys> {
+    pub(super) fn new(stream: TcpStream, secrets: &ExtractedSecrets, kernel: Kernel, received: &[u8]) -> Result<Self, Unusable> {
         let stream = Arc::new(stream);
         let keys = Arc::new(Keys { kernel: Mutex::new(kernel), update_wanted: AtomicBool::new(false) });
         let mut reader = RecordReader {
@@ -104,7 +99,7 @@ impl TlsStream {
             message: Vec::new(),
             closed: false,
         };
-        reader.keep(received);
+        reader.keep(received)?;
         let sealer = Sealer::new(&secrets.tx)?;
         let writer = RecordWriter { stream, sealer, keys, buffer: None, pending: 0..0, wanted: Size::default() };
         Ok(Self { reader, writer, payload: 0..0, closing: false })
@@ -224,17 +219,19 @@ impl RecordReader {
     }
 
     /// Puts aside what came before there was a reader.
-    fn keep(&mut self, received: &[u8]) {
+    fn keep(&mut self, received: &[u8]) -> Result<(), Unusable> {
         if received.is_empty() {
-            return;
+            return Ok(());
         }
         while self.wanted.bytes() < received.len() && self.wanted != self.wanted.larger() {
             self.wanted = self.wanted.larger();
         }
         let mut buffer = Buffer::take(self.wanted);
-        buffer[..received.len()].copy_from_slice(received);
+        let place = buffer.get_mut(..received.len()).ok_or(Unusable::TooMuch(received.len()))?;
+        place.copy_from_slice(received);
         self.sealed = 0..received.len();
         self.buffer = Some(buffer);
+        Ok(())
     }
 
     /// Acts on the messages that have come whole.

@@ -115,10 +115,8 @@ fn processes(cgroup: &Path, depth: usize) -> Vec<String> {
 
 /// What a namespace of an excluded pod is while the controller has not said so.
 pub(super) fn known(standing: Standing, tracked: &Tracked) -> Standing {
-    match standing {
-        Standing::Unsynced | Standing::NoAddress | Standing::Ask(_) if tracked.excluded => Standing::Exempt,
-        Standing::Unsynced | Standing::NoAddress | Standing::Ask(_) | Standing::Exempt | Standing::Member(_) => standing,
-    }
+    let unsaid = matches!(standing, Standing::Unsynced | Standing::NoAddress | Standing::Ask(_));
+    if unsaid && tracked.excluded { Standing::Exempt } else { standing }
 }
 
 impl Enroller {

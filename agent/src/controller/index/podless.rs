@@ -34,7 +34,7 @@ impl Index {
         let Podless { service, address } = endpoint;
         let record = self.services.get(service)?;
         let slices = self.slices.of_address(service, *address);
-        let of_pods = self.nodes.values().flatten().any(|range| range.contains(address));
+        let of_pods = self.ranges().any(|range| range.contains(address));
         if slices.is_empty() || of_pods || self.claims.contains_key(address) {
             return None;
         }

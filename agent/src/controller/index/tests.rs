@@ -21,6 +21,7 @@ pub(in crate::controller) fn settings(trust_domain: &str) -> MeshSettings {
         root_namespace: "istio-system".to_owned(),
         cluster_domain: "cluster.local".to_owned(),
         default_deny: false,
+        cluster_ranges: Vec::new(),
         excluded_namespaces: [].into(),
     }
 }
@@ -206,4 +207,18 @@ fn the_mesh_has_the_ranges_of_its_nodes_once_each() {
     world.remove(Kind::Node, "", "b");
     assert_eq!(ranges(&world), ["10.1.0.0/24"]);
     assert_eq!(world.update.nodes.as_ref().unwrap().iter().collect::<Vec<_>>(), ["a"]);
+}
+
+#[test]
+fn ranges_that_no_node_declares_are_told_beside_those_of_nodes() {
+    let mut settings = settings("cluster.local");
+    settings.cluster_ranges = vec!["10.96.0.0/12".parse().unwrap()];
+    let mut index = Index::new(settings);
+    let node = "apiVersion: v1\nkind: Node\nmetadata: {name: node-a}\nspec: {podCIDRs: [10.1.0.0/24]}\n";
+    let objects = objects(node, &index.settings.context());
+    let changes = objects.into_iter().map(|object| Change::Applied { object: Arc::new(object), origin: "test".into() });
+    let update = index.apply(&changes.collect::<Vec<_>>());
+    let mesh = update.resources.iter().find(|(kind, ..)| *kind == ResourceKind::Mesh);
+    let value = mesh.and_then(|(_, _, resource)| resource.clone()).expect("the mesh is told of").value;
+    assert_eq!(crate::proto::culvert::Mesh::decode(&*value).unwrap().cluster_ranges, ["10.1.0.0/24", "10.96.0.0/12"]);
 }

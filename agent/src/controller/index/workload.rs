@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use ipnet::IpNet;
+
 use super::resource::{self, Resource, octets};
 use super::service::{hostname, selects};
 use super::{Index, ObjectName, PodRecord};
@@ -55,7 +57,7 @@ impl Index {
 
     /// The mesh-wide settings.
     pub(super) fn mesh(&self) -> Resource {
-        let mut ranges: Vec<_> = self.nodes.values().flatten().copied().collect();
+        let mut ranges: Vec<_> = self.ranges().collect();
         ranges.sort_unstable();
         ranges.dedup();
         resource::mesh(&Mesh {
@@ -63,6 +65,11 @@ impl Index {
             default_deny: self.settings.default_deny,
             cluster_ranges: ranges.iter().map(ToString::to_string).collect(),
         })
+    }
+
+    /// The ranges of the cluster's addresses, in no order and perhaps more than once.
+    pub(super) fn ranges(&self) -> impl Iterator<Item = IpNet> {
+        self.nodes.values().flatten().chain(&self.settings.cluster_ranges).copied()
     }
 
     /// `namespace/hostname` of a service.

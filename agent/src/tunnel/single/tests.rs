@@ -149,3 +149,14 @@ async fn a_stream_that_was_reset_after_its_end_gives_no_tunnel_back() {
     near_sink.reset();
     assert!(reunite(near, near_sink).is_none());
 }
+
+#[tokio::test]
+async fn a_tunnel_that_is_left_idle_ends_in_order() {
+    let (dialler, acceptor) = tunnel().await;
+    tokio::time::pause();
+    let started = tokio::time::Instant::now();
+    assert!(acceptor.next().await.unwrap().is_none());
+    assert_eq!(started.elapsed().as_secs(), ACCEPTED_IDLE.as_secs());
+    tokio::time::resume();
+    assert!(dialler.next().await.unwrap().is_none(), "no reset");
+}

@@ -99,6 +99,15 @@ where
 }
 
 #[tokio::test]
+async fn more_than_a_buffer_behind_the_handshake_is_an_error() {
+    let most = Size::Large.bytes();
+    for (bytes, kept) in [(0, Ok(())), (1, Ok(())), (most, Ok(())), (most + 1, Err(Unusable::TooMuch(most + 1)))] {
+        let (mut stream, _peer) = ours().await;
+        assert_eq!(stream.reader.keep(&vec![0; bytes]), kept, "{bytes} bytes");
+    }
+}
+
+#[tokio::test]
 async fn our_two_ends_understand_each_other() {
     let (one, other) = ours().await;
     converse(one, other).await;

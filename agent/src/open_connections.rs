@@ -1,4 +1,5 @@
-//! The open connections to this node's pods, so that a change of policy can close those that it denies.
+//! The open connections of this node's pods, so that each can be called off: those to a pod that a change of policy denies, and all
+//! of a pod that is gone.
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -39,7 +40,7 @@ pub struct Registered {
 }
 
 impl OpenConnections {
-    /// Enters a connection to the pod of this UID. To be done before its verdict is asked for, so that no change of policy falls
+    /// Enters a connection of the pod of this UID. To be done before its verdict is asked for, so that no change of policy falls
     /// between the two.
     #[must_use]
     pub fn register(self: &Arc<Self>, pod: &Arc<str>, flow: Arc<Flow>) -> Registered {
@@ -67,7 +68,7 @@ impl OpenConnections {
         closed
     }
 
-    /// Ends all connections to a pod.
+    /// Ends all connections of a pod.
     pub fn close_all(&self, pod: &str, reason: CloseReason) {
         for entry in self.lock().get(pod).into_iter().flat_map(|entries| entries.by_id.values()) {
             entry.cancel.cancel(reason);
@@ -91,11 +92,43 @@ impl Drop for Registered {
     fn drop(&mut self) {
         let mut pods = self.open.lock();
         let Some(entries) = pods.get_mut(&self.pod) else { return };
-        if let Some(Entry { flow, .. }) = entries.by_id.remove(&self.id) {
+        // A stream's source port is the peer's word: it must not free what a plaintext connection holds.
+        if let Some(Entry { flow, .. }) = entries.by_id.remove(&self.id)
+            && flow.source_identity.is_none()
+        {
             entries.plaintext.remove(&(flow.source, flow.destination));
         }
         if entries.by_id.is_empty() {
             pods.remove(&self.pod);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flow(identity: Option<&str>) -> Arc<Flow> {
+        let (source, destination) = ("10.0.0.1:4000".parse().unwrap(), "10.0.0.2:80".parse().unwrap());
+        Arc::new(Flow { source_identity: identity.map(|id| id.parse().unwrap()), source, destination })
+    }
+
+    #[test]
+    fn a_plaintext_connection_holds_its_addresses_whatever_tunnels_claim_to_come_from_there() {
+        let (open, pod) = (Arc::new(OpenConnections::default()), Arc::<str>::from("uid"));
+        let held = || {
+            let Flow { source, destination, .. } = *flow(None);
+            open.holds_plaintext(&pod, source, destination)
+        };
+        let tunnelled = || open.register(&pod, flow(Some("spiffe://cluster.local/ns/shop/sa/cart")));
+        let lasting = tunnelled();
+        assert!(!held(), "a stream is no plaintext connection");
+        let plaintext = open.register(&pod, flow(None));
+        drop(tunnelled());
+        assert!(held(), "the end of a stream has freed the addresses of a plaintext connection");
+        drop(plaintext);
+        assert!(!held());
+        drop(lasting);
+        assert!(open.lock().is_empty());
     }
 }

@@ -1,0 +1,248 @@
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::relay::{Sink as _, Source as _};
+use crate::tunnel::tls_stream::TlsStream;
+use crate::tunnel::tls_stream::tests::ours;
+
+const KEY: &str = "cart to stock";
+const SOON: Duration = Duration::from_secs(5);
+/// The far end's ports.
+const SERVED: u16 = 80;
+const REFUSED: u16 = 81;
+const SILENT: u16 = 82;
+
+/// The destination's agent, in either form.
+#[derive(Default)]
+struct Far {
+    single: AtomicBool,
+    dialled: AtomicUsize,
+    /// Cuts the tunnels that are there.
+    cut: Mutex<CancellationToken>,
+    /// How many streams a tunnel has carried at once, at the most.
+    most: AtomicUsize,
+    /// Nobody can be dialled while this is held.
+    gate: tokio::sync::RwLock<()>,
+}
+
+impl Far {
+    fn new(single: bool) -> Arc<Self> {
+        Arc::new(Self { single: single.into(), ..Self::default() })
+    }
+
+    fn dialled(&self) -> usize {
+        self.dialled.load(Ordering::Relaxed)
+    }
+
+    async fn dial(self: &Arc<Self>) -> Result<Tunnel, TunnelError> {
+        let _open = self.gate.read().await;
+        self.dialled.fetch_add(1, Ordering::Relaxed);
+        let (near, far) = ours().await;
+        let single = self.single.load(Ordering::Relaxed);
+        let (this, cut) = (Arc::clone(self), lock(&self.cut).clone());
+        tokio::spawn(async move {
+            let serve = async { if single { serve_single(far).await } else { this.serve_hbone(far).await } };
+            cut.run_until_cancelled(serve).await
+        });
+        Ok(if single { Tunnel::Single(Idle::new(near)) } else { Tunnel::Hbone(hbone::Outbound::start(near).await?) })
+    }
+
+    async fn serve_hbone(&self, io: TlsStream) {
+        let mut tunnel = hbone::Inbound::start(io).await.expect("HTTP/2");
+        let mut kept = Vec::new();
+        while let Some(Ok(request)) = tunnel.next().await {
+            match request.destination().map(|destination| destination.port()) {
+                Some(SERVED) => {
+                    kept.push(request.accept().map(Some).unwrap_or_default());
+                    self.most.fetch_max(kept.len(), Ordering::Relaxed);
+                }
+                Some(SILENT) => std::mem::forget(request),
+                _ => request.refuse(CloseReason::PolicyDenied),
+            }
+        }
+    }
+
+    fn cut(&self) {
+        std::mem::take(&mut *lock(&self.cut)).cancel();
+    }
+}
+
+/// Serves streams that end as soon as they are open.
+async fn serve_single(io: TlsStream) {
+    let mut idle = Idle::new(io);
+    while let Ok(Some((open, mut source, mut sink))) = idle.next().await {
+        if open.destination.port() == REFUSED {
+            sink.answer(Some(CloseReason::PolicyDenied)).await.expect("open");
+            idle = sink.refused(source).expect("nothing out of turn");
+            continue;
+        }
+        sink.answer(None).await.expect("open");
+        std::future::poll_fn(|cx| sink.poll_finish(cx)).await.expect("open");
+        let Ok(None) = std::future::poll_fn(|cx| source.poll_fill(cx)).await else { return };
+        idle = single::reunite(source, sink).expect("ended in order");
+    }
+}
+
+fn to(port: u16) -> Open {
+    Open::new("10.0.0.1:4000".parse().unwrap(), SocketAddr::from(([10, 0, 0, 2], port)))
+}
+
+async fn open(pool: &Pool<&'static str>, far: &Arc<Far>, port: u16) -> Result<Stream, TunnelError> {
+    tokio::time::timeout(SOON, pool.open(&KEY, &to(port), || far.dial())).await.expect("an answer in time")
+}
+
+/// Opens many at once, and gives those that did.
+async fn open_many(pool: &Arc<Pool<&'static str>>, far: &Arc<Far>, many: usize) -> Vec<Stream> {
+    let mut opening = JoinSet::new();
+    for _ in 0..many {
+        let (pool, far) = (Arc::clone(pool), Arc::clone(far));
+        opening.spawn(async move { open(&pool, &far, SERVED).await.expect("a stream") });
+    }
+    opening.join_all().await
+}
+
+/// Ends a stream in order, from both sides.
+async fn end(mut stream: Stream) {
+    std::future::poll_fn(|cx| stream.sink.poll_finish(cx)).await.expect("open");
+    assert!(matches!(std::future::poll_fn(|cx| stream.source.poll_fill(cx)).await, Ok(None)));
+    stream.end();
+}
+
+#[tokio::test]
+async fn whoever_picks_a_shared_tunnel_has_a_place_in_it() {
+    let (far, slot) = (Far::new(false), Slot::default());
+    let mut picked = Vec::new();
+    for tunnels in 1..=3 {
+        picked.push(slot.add(far.dial().await.unwrap()).unwrap());
+        picked.extend(std::iter::from_fn(|| slot.usable()).take(1000));
+        assert_eq!(picked.len(), tunnels * hbone::STREAMS as usize, "in {tunnels} tunnels");
+    }
+    picked.pop();
+    assert!(slot.usable().is_some(), "the place of a stream that has ended is free");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn many_opens_at_once_share_tunnels_and_none_waits_for_anothers_end() {
+    let (far, pool) = (Far::new(false), Arc::new(Pool::new()));
+    let mut streams = vec![open(&pool, &far, SERVED).await.unwrap()];
+    streams.extend(open_many(&pool, &far, 350).await);
+    assert_eq!((far.dialled(), pool.len()), (4, 4));
+    assert_eq!(far.most.load(Ordering::Relaxed), hbone::STREAMS as usize);
+}
+
+#[tokio::test]
+async fn nobody_waits_for_a_destination_that_is_not_his() {
+    let (far, pool) = (Far::new(false), Arc::new(Pool::new()));
+    let gate = far.gate.write().await;
+    let mut opening = JoinSet::new();
+    for port in [SILENT, SILENT, SERVED] {
+        let (pool, far) = (Arc::clone(&pool), Arc::clone(&far));
+        opening.spawn(async move { pool.open(&KEY, &to(port), || far.dial()).await.map(|_stream| port) });
+        tokio::task::yield_now().await;
+    }
+    drop(gate);
+    let first = tokio::time::timeout(SOON, opening.join_next()).await.expect("an answer in time");
+    assert_eq!(first.unwrap().unwrap().unwrap(), SERVED);
+    assert_eq!(far.dialled(), 1);
+}
+
+#[tokio::test]
+async fn a_tunnel_of_the_single_form_carries_the_next_stream_when_one_has_ended() {
+    let (far, pool) = (Far::new(true), Pool::new());
+    for _ in 0..3 {
+        end(open(&pool, &far, SERVED).await.unwrap()).await;
+    }
+    assert_eq!((far.dialled(), pool.len()), (1, 1));
+    let two = [open(&pool, &far, SERVED).await.unwrap(), open(&pool, &far, SERVED).await.unwrap()];
+    assert_eq!((far.dialled(), pool.len()), (2, 0));
+    let [one, other] = two;
+    end(one).await;
+    drop(other);
+    assert_eq!(pool.len(), 1, "a stream that was dropped takes its tunnel with it");
+}
+
+#[tokio::test]
+async fn a_destination_that_goes_back_to_http2_is_dialled_once_for_all() {
+    let (far, pool) = (Far::new(true), Arc::new(Pool::new()));
+    end(open(&pool, &far, SERVED).await.unwrap()).await;
+    far.single.store(false, Ordering::Relaxed);
+    for dialled in [2, 3] {
+        far.cut();
+        tokio::task::yield_now().await;
+        // What it speaks now is found out by the first to dial.
+        if dialled == 2 {
+            drop(open(&pool, &far, SERVED).await.unwrap());
+        }
+        drop(open_many(&pool, &far, 20).await);
+        assert_eq!(far.dialled(), dialled);
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_is_an_answer_and_keeps_the_tunnel() {
+    for single in [false, true] {
+        let (far, pool) = (Far::new(single), Pool::new());
+        for _ in 0..3 {
+            let refused = open(&pool, &far, REFUSED).await;
+            assert!(matches!(refused, Err(TunnelError::Refused { reason: CloseReason::PolicyDenied })), "{refused:?}");
+        }
+        assert_eq!((far.dialled(), pool.len()), (1, 1), "single: {single}");
+    }
+}
+
+#[tokio::test]
+async fn a_tunnel_that_has_broken_is_replaced() {
+    for single in [false, true] {
+        let (far, pool) = (Far::new(single), Pool::new());
+        for dialled in 1..=3 {
+            let stream = open(&pool, &far, SERVED).await.unwrap();
+            assert_eq!(far.dialled(), dialled, "single: {single}");
+            if single {
+                end(stream).await;
+            }
+            far.cut();
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_retired_is_used_no_more_and_what_is_open_goes_on() {
+    let (far, pool) = (Far::new(true), Pool::new());
+    let (one, other) = (open(&pool, &far, SERVED).await.unwrap(), open(&pool, &far, SERVED).await.unwrap());
+    end(one).await;
+    assert_eq!(pool.len(), 1);
+    pool.retire(|key| *key != KEY);
+    assert_eq!(pool.len(), 1, "of another key");
+    pool.retire(|key| *key == KEY);
+    assert!(pool.is_empty());
+    end(other).await;
+    assert!(pool.is_empty(), "its tunnel is not kept");
+    end(open(&pool, &far, SERVED).await.unwrap()).await;
+    assert_eq!((far.dialled(), pool.len()), (3, 1));
+}
+
+#[tokio::test]
+async fn tunnels_without_streams_are_kept_for_a_while() {
+    for single in [false, true] {
+        let (far, pool) = (Far::new(single), Pool::new());
+        let stream = open(&pool, &far, SERVED).await.unwrap();
+        let later = Instant::now() + IDLE + SOON;
+        pool.sweep(later);
+        if single {
+            end(stream).await;
+        } else {
+            assert_eq!(pool.len(), 1, "it carries a stream");
+            drop(stream);
+        }
+        pool.sweep(Instant::now());
+        assert_eq!(pool.len(), 1, "single: {single}");
+        pool.sweep(later + IDLE + SOON);
+        assert!(pool.is_empty(), "single: {single}");
+        assert!(lock(&pool.slots).is_empty(), "nor is its place in the table kept");
+    }
+}
