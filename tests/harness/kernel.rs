@@ -11,7 +11,8 @@ use crate::Mesh;
 /// What an agent holds, by kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holdings {
-    /// Entries of each of its maps that does not forget by itself.
+    /// Entries of each of its maps that does not forget by itself; of namespaces those that are, or may be, its node's pods: all others of
+    /// the machine are known as none, whosever they are.
     pub entries: BTreeMap<&'static str, usize>,
     /// Links pinned for pods.
     pub links: usize,
@@ -31,7 +32,7 @@ pub fn holdings(mesh: &Mesh, node: usize) -> Holdings {
         ("ADMISSIONS", hash::<20, 4>(map("ADMISSIONS"))),
         ("DESTINATIONS", hash::<20, 4>(map("DESTINATIONS"))),
         ("LISTENERS", sockets(map("LISTENERS"))),
-        ("NAMESPACES", hash::<8, 40>(map("NAMESPACES"))),
+        ("NAMESPACES", pods(map("NAMESPACES"))),
     ];
     Holdings {
         entries: entries.into(),
@@ -70,6 +71,12 @@ impl Rulings {
 
 fn hash<const KEY: usize, const VALUE: usize>(data: MapData) -> usize {
     HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(Map::HashMap(data)).expect("a map of this layout").keys().flatten().count()
+}
+
+/// How many namespaces are not exempt, whose state is 0.
+fn pods(data: MapData) -> usize {
+    let namespaces = HashMap::<_, [u8; 8], [u8; 40]>::try_from(Map::HashMap(data)).expect("a map of this layout");
+    namespaces.iter().flatten().filter(|(_, namespace)| !namespace.starts_with(&[0; 4])).count()
 }
 
 fn sockets(data: MapData) -> usize {

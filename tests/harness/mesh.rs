@@ -197,7 +197,7 @@ impl Mesh {
         end(&mut self.agents[node]);
     }
 
-    /// The resident memory of a node's agent, in bytes.
+    /// The memory of a node's agent, in bytes: what it has for itself. Its code comes and goes with what it does.
     ///
     /// # Panics
     /// When it does not run.
@@ -205,7 +205,7 @@ impl Mesh {
     pub fn agent_memory(&self, node: usize) -> u64 {
         let agent = self.agents[node].as_ref().expect("the agent runs");
         let status = fs::read_to_string(format!("/proc/{}/status", agent.id())).expect("the agent runs");
-        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux tells");
+        let resident = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("Linux tells");
         resident.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
     }
 
