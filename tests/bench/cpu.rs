@@ -44,9 +44,18 @@ fn machine_seconds() -> Result<f64> {
     Ok(used.sum::<f64>() / TICKS)
 }
 
-/// The memory that a process holds, in bytes.
+/// The memory that a process holds, its code included, in bytes.
 pub(crate) fn resident(process: u32) -> Result<f64> {
+    held(process, "VmRSS:")
+}
+
+/// The memory that a process has for itself, in bytes.
+pub(crate) fn anonymous(process: u32) -> Result<f64> {
+    held(process, "RssAnon:")
+}
+
+fn held(process: u32, field: &'static str) -> Result<f64> {
     let text = fs::read_to_string(format!("/proc/{process}/status")).with_context(|| format!("process {process} has ended"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field)).context(field)?;
     Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? * 1024.0)
 }
