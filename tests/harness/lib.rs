@@ -31,6 +31,7 @@ pub use program::Program;
 pub use service::{Endpoint, Service};
 pub use wire::Capture;
 
+use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
 /// How long [`eventually`] waits.
@@ -49,9 +50,25 @@ pub fn eventually(what: &str, condition: impl FnMut() -> bool) {
 /// # Panics
 /// When it does not hold in time.
 pub fn eventually_within(patience: Duration, what: &str, mut condition: impl FnMut() -> bool) {
+    wait(patience, || if condition() { Ok(()) } else { Err(what.to_owned()) });
+}
+
+/// Waits until `now` gives what is wanted, and says what it gave last when it does not within 15 s.
+///
+/// # Panics
+/// When it does not in time.
+pub fn eventually_equal<T: Debug + PartialEq>(what: &str, wanted: &T, mut now: impl FnMut() -> T) {
+    wait(PATIENCE, || {
+        let seen = now();
+        if seen == *wanted { Ok(()) } else { Err(format!("{what}: {seen:?}, not {wanted:?}")) }
+    });
+}
+
+/// Looks again and again until nothing is lacking.
+fn wait(patience: Duration, mut look: impl FnMut() -> Result<(), String>) {
     let deadline = Instant::now() + patience;
-    while !condition() {
-        assert!(Instant::now() < deadline, "not within {} s: {what}", patience.as_secs());
+    while let Err(lacking) = look() {
+        assert!(Instant::now() < deadline, "not within {} s: {lacking}", patience.as_secs());
         std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -4,10 +4,10 @@ use std::io::Write as _;
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use harness::kernel::{Holdings, holdings};
-use harness::{Mesh, Pod, PodSpec, app, eventually, eventually_within, mesh};
+use harness::{Mesh, Pod, PodSpec, app, eventually, eventually_equal, eventually_within, mesh};
 
 const PORT: u16 = 8080;
 /// The number of the address that is used again.
@@ -74,16 +74,7 @@ fn round(mesh: &mut Mesh, number: usize, (client, server): (&Pod, &Pod)) {
 fn settle(mesh: &Mesh, wanted: &[Holdings; 2]) {
     let now = || [holdings(mesh, 0), holdings(mesh, 1)];
     let pods = |held: &[Holdings; 2]| held.clone().map(|held| (held.entries, held.links));
-    let deadline = Instant::now() + Duration::from_secs(15);
-    while pods(&now()) != pods(wanted) {
-        assert!(
-            Instant::now() < deadline,
-            "what the pods had is in the kernel still: {:?}, not {:?}",
-            pods(&now()),
-            pods(wanted)
-        );
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    eventually_equal("what the pods had is gone from the kernel", &pods(wanted), || pods(&now()));
     // The end of a tunnel whose far end vanished with its pod's link is found by keep-alive probes, in 30 s.
     eventually_within(Duration::from_secs(60), "the descriptors are as before", || {
         now().iter().zip(wanted).all(|(now, wanted)| now.descriptors <= wanted.descriptors + 8)
