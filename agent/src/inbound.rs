@@ -11,6 +11,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Display;
+use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -26,9 +27,9 @@ use crate::capture::{Accepted, DELIVERY_MARK, Listener, LocalPod, destroy_inboun
 use crate::deliver::{DeliverError, connect};
 use crate::drain::Drain;
 use crate::identity::SvidStore;
-use crate::limits::{Antechamber, Shares};
+use crate::limits::{Antechamber, Share, Shares};
 use crate::model::{CloseReason, Flow, Mode, PeerAddr, Snapshot, SpiffeId, Verdict, Workload};
-use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Side};
+use crate::observe::{ConnectionInfo, CountedTunnel, Direction, Observer, OpenConnection, Side};
 use crate::open_connections::{OpenConnections, Registered};
 use crate::policy::evaluate::evaluate;
 use crate::policy::explain::explain;
@@ -103,20 +104,14 @@ impl Inbound {
 
     /// Serves the tunnels that peers open to `pod`, until the pod leaves the mesh or the agent stops.
     pub async fn serve_tunnels(self: Arc<Self>, pod: Arc<LocalPod>, listener: Listener, permits: Permits) {
-        let handle = |accepted| {
-            let (inbound, pod, permits) = (Arc::clone(&self), Arc::clone(&pod), permits.clone());
-            async move { inbound.tunnel(pod, accepted, permits).await }
-        };
+        let handle = |accepted| Arc::clone(&self).tunnel(Arc::clone(&pod), accepted, permits.clone());
         let overloaded = |accepted: &Accepted| self.overloaded(&pod, accepted);
         serve(listener, Arc::clone(&pod), self.drain.clone(), permits.clone(), handle, overloaded).await;
     }
 
     /// Serves the plaintext connections to `pod` that the kernel would not rule on alone.
     pub async fn serve_plaintext(self: Arc<Self>, pod: Arc<LocalPod>, listener: Listener, permits: Permits) {
-        let handle = |accepted| {
-            let (inbound, pod) = (Arc::clone(&self), Arc::clone(&pod));
-            async move { inbound.plaintext(&pod, accepted).await }
-        };
+        let handle = |accepted| Arc::clone(&self).plaintext(Arc::clone(&pod), accepted);
         let overloaded = |accepted: &Accepted| self.overloaded(&pod, accepted);
         serve(listener, Arc::clone(&pod), self.drain.clone(), permits, handle, overloaded).await;
     }
@@ -168,47 +163,49 @@ impl Inbound {
         self.observer.fail(&info, CloseReason::Overloaded, &"the agent holds as many connections as its descriptors allow");
     }
 
-    async fn tunnel(self: Arc<Self>, pod: Arc<LocalPod>, Accepted { stream, peer: source, local }: Accepted, permits: Permits) {
-        let started = Instant::now();
+    async fn tunnel(self: Arc<Self>, pod: Arc<LocalPod>, accepted: Accepted, permits: Permits) {
         // What a handshake takes is long gone while the tunnel is there.
-        let accepted = Box::pin(async {
-            let waiting = self.strangers.enter();
-            let handshake = async {
-                let (config, roots) = self.tls(&pod).await?;
-                Ok((accept::handshake(stream, PeerAddr(source), config).await?, roots))
-            };
-            tokio::select! {
-                accepted = handshake => accepted,
-                () = waiting.evicted() => Err(TunnelError::Crowded { peer: source }),
-            }
-        })
-        .await;
+        let Some((tunnel, peer, _held)) = Box::pin(self.authenticate(&pod, accepted, &permits)).await else { return };
+        match tunnel {
+            Form::Hbone(tunnel) => Box::pin(self.hbone(pod, peer, tunnel, permits)).await,
+            Form::Single(tunnel) => self.single(&pod, &peer, tunnel).await,
+        }
+    }
+
+    /// Shakes hands with a peer, and finds room for its tunnel; one that is refused is counted and logged.
+    async fn authenticate(
+        &self,
+        pod: &LocalPod,
+        Accepted { stream, peer: source, local }: Accepted,
+        permits: &Permits,
+    ) -> Option<(Form, Peer, (Share<SpiffeId>, CountedTunnel))> {
+        let started = Instant::now();
+        let waiting = self.strangers.enter();
+        let handshake = async {
+            let (config, roots) = self.tls(pod).await?;
+            Ok((accept::handshake(stream, PeerAddr(source), config).await?, roots))
+        };
+        let accepted = tokio::select! {
+            accepted = handshake => accepted,
+            () = waiting.evicted() => Err(TunnelError::Crowded { peer: source }),
+        };
         let result = accepted.as_ref().map_or_else(|error| error.reason().as_str(), |_| "ok");
         self.observer.metrics().handshake(Side::Server, result, started.elapsed());
+        let info = ConnectionInfo { destination: Some(pod.workload()), ..ConnectionInfo::new(Direction::Inbound, source, local) };
         let (accepted, roots) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                let info = ConnectionInfo {
-                    destination: Some(pod.workload()),
-                    ..ConnectionInfo::new(Direction::Inbound, source, local)
-                };
-                return self.observer.fail(&info, error.reason(), &error);
+                self.observer.fail(&info, error.reason(), &error);
+                return None;
             }
         };
-        let Some(_share) = self.peers.take(&accepted.source, permits.free()) else {
-            let info = ConnectionInfo {
-                destination: Some(pod.workload()),
-                source_identity: Some(accepted.source),
-                ..ConnectionInfo::new(Direction::Inbound, source, local)
-            };
-            return self.observer.fail(&info, CloseReason::Overloaded, &GREEDY);
+        let Some(share) = self.peers.take(&accepted.source, permits.free()) else {
+            let info = ConnectionInfo { source_identity: Some(accepted.source), ..info };
+            self.observer.fail(&info, CloseReason::Overloaded, &GREEDY);
+            return None;
         };
-        let _counted = self.observer.metrics().tunnel(Side::Server);
         let peer = Peer { identity: accepted.source, addr: source, local, roots };
-        match accepted.tunnel {
-            Form::Hbone(tunnel) => Box::pin(self.hbone(pod, peer, tunnel, permits)).await,
-            Form::Single(tunnel) => self.single(pod, peer, tunnel).await,
-        }
+        Some((accepted.tunnel, peer, (share, self.observer.metrics().tunnel(Side::Server))))
     }
 
     /// The TLS set-up for the pod's present certificate, and the fingerprint of the roots that it believes.
@@ -232,7 +229,18 @@ impl Inbound {
         Ok((config, roots))
     }
 
-    async fn plaintext(&self, pod: &LocalPod, Accepted { stream, peer: source, local }: Accepted) {
+    async fn plaintext(self: Arc<Self>, pod: Arc<LocalPod>, accepted: Accepted) {
+        let Some((stream, far, carried)) = Box::pin(self.let_in(&pod, accepted)).await else { return };
+        let (mut source, mut sink) = tcp::split(stream);
+        relay_inbound((&mut source, &mut sink), far, carried).await;
+    }
+
+    /// Connects a plaintext connection to the application; one that is refused is reset, counted and logged.
+    async fn let_in(
+        &self,
+        pod: &LocalPod,
+        Accepted { stream, peer: source, local }: Accepted,
+    ) -> Option<(TcpStream, TcpStream, Carried)> {
         let info = ConnectionInfo {
             source: self.snapshots.borrow().workload_at(source.ip()).cloned(),
             destination: Some(pod.workload()),
@@ -240,14 +248,12 @@ impl Inbound {
         };
         let flow = Arc::new(Flow { source_identity: None, source, destination: local });
         let registered = self.open.register(&pod.workload().uid, Arc::clone(&flow));
-        match Box::pin(self.deliver(pod, &flow)).await {
-            Ok(far) => {
-                let (mut source, mut sink) = tcp::split(stream);
-                self.relay((&mut source, &mut sink), far, &registered, self.observer.open(info)).await;
-            }
+        match self.deliver(pod, &flow).await {
+            Ok(far) => Some((stream, far, Carried { open: self.observer.open(info), registered })),
             Err(Refusal { reason, detail }) => {
                 tcp::reset_on_close(&stream);
                 self.observer.fail(&info, reason, &detail);
+                None
             }
         }
     }
@@ -296,18 +302,25 @@ impl Inbound {
             Verdict::Deny { .. } => Err(Refusal { reason: CloseReason::PolicyDenied, detail: explain(flow, &evaluation) }),
         }
     }
+}
 
-    async fn relay(
-        &self,
-        near: (&mut impl Source, &mut impl Sink),
-        far: TcpStream,
-        registered: &Registered,
-        open: OpenConnection,
-    ) {
-        let (mut source, mut sink) = tcp::split(far);
-        let bytes = Arc::clone(open.bytes());
-        let counts = (&bytes.sent, &bytes.received);
-        let end = relay(near, (&mut source, &mut sink), counts, &registered.cancel).await;
+/// A connection that is carried: what is told of it, and what calls it off.
+struct Carried {
+    open: OpenConnection,
+    registered: Registered,
+}
+
+/// Moves a connection's bytes to the application and back until it ends.
+fn relay_inbound<'a>(
+    near: (&'a mut impl Source, &'a mut impl Sink),
+    far: TcpStream,
+    Carried { open, registered }: Carried,
+) -> impl Future<Output = ()> + Send + 'a {
+    let (mut source, mut sink) = tcp::split(far);
+    // Not an `async fn`, which would keep room for its arguments beside what they have become.
+    async move {
+        let bytes = open.bytes();
+        let end = relay(near, (&mut source, &mut sink), (&bytes.sent, &bytes.received), &registered.cancel).await;
         open.close(end.reason(), None);
     }
 }

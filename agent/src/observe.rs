@@ -22,5 +22,5 @@ pub use admin::AdminSources;
 pub use connection::{ByteCounts, ConnectionInfo, Direction, Observer, OpenConnection, Security};
 pub use control_plane::ControllerMetrics;
 pub use log::{LogFormat, LogGuard};
-pub use metrics::{Metrics, Side};
+pub use metrics::{CountedTunnel, Metrics, Side};
 pub use readiness::{Condition, Readiness};

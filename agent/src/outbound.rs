@@ -9,11 +9,13 @@
 //! A connection that cannot be carried as the mesh's state asks is reset, never let through another way.
 
 use std::fmt::Display;
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustls::ClientConfig;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -51,7 +53,7 @@ pub struct Outbound {
     discovery: DiscoveryHandle,
     snapshots: watch::Receiver<Arc<Snapshot>>,
     svids: SvidStore,
-    pool: Pool<TunnelKey>,
+    pool: Pool<TunnelKey, Arc<ClientConfig>>,
     robin: RoundRobin,
     open: Arc<OpenConnections>,
     observer: Observer,
@@ -120,10 +122,7 @@ impl Outbound {
 
     /// Carries the connections that `pod` makes, until the pod leaves the mesh or the agent stops.
     pub async fn serve(self: Arc<Self>, pod: Arc<LocalPod>, listener: Listener, permits: Permits) {
-        let handle = |accepted| {
-            let (outbound, pod) = (Arc::clone(&self), Arc::clone(&pod));
-            async move { outbound.carry(&pod, accepted).await }
-        };
+        let handle = |accepted| Arc::clone(&self).carry(Arc::clone(&pod), accepted);
         let overloaded = |accepted: &Accepted| {
             let info = ConnectionInfo { source: Some(pod.workload()), ..describe(accepted.peer, accepted.local) };
             self.observer.fail(&info, CloseReason::Overloaded, &"the agent holds as many connections as its descriptors allow");
@@ -153,14 +152,15 @@ impl Outbound {
         self.pool.retire(|key| key.source_pod == uid);
     }
 
-    async fn carry(&self, pod: &LocalPod, accepted: Accepted) {
+    async fn carry(self: Arc<Self>, pod: Arc<LocalPod>, accepted: Accepted) {
         // What it takes to find and open the way is long gone while bytes move.
-        let Some((stream, far, carried)) = Box::pin(self.connect(pod, accepted)).await else { return };
+        let Some((stream, far, carried)) = Box::pin(self.connect(&pod, accepted)).await else { return };
         match far {
-            Opened::Tunnel(mut far) => {
+            Opened::Tunnel(Stream::Single(mut far, home)) => {
                 relay_outbound(stream, (&mut far.source, &mut far.sink), carried).await;
-                far.end();
+                home.take_back(far);
             }
+            Opened::Tunnel(Stream::Hbone(mut far)) => relay_outbound(stream, (&mut far.0, &mut far.1), carried).await,
             Opened::Plain(far) => {
                 let (mut source, mut sink) = tcp::split(far);
                 relay_outbound(stream, (&mut source, &mut sink), carried).await;
@@ -227,7 +227,7 @@ impl Outbound {
     async fn open(&self, pod: &LocalPod, source: &Workload, route: &Route, client: SocketAddr) -> Result<Opened, Failure> {
         match route {
             Route::Tunnel { workload, target, .. } => {
-                Ok(Opened::Tunnel(Box::new(self.open_stream(pod, source, workload, &Open::new(client, *target)).await?)))
+                Ok(Opened::Tunnel(self.open_stream(pod, source, workload, &Open::new(client, *target)).await?))
             }
             Route::Local { target, .. } | Route::Passthrough { target, .. } => {
                 let socket = pod_socket(pod, *target).map_err(|source| DeliverError::Socket { destination: *target, source })?;
@@ -255,8 +255,8 @@ impl Outbound {
             destination: destination.identity.clone(),
             peer,
         };
-        let dial = || async {
-            let config = tls::client_config(&svid, &bundle, vec![destination.identity.clone()], self.form.alpn())?;
+        let setup = || Ok(tls::client_config(&svid, &bundle, vec![destination.identity.clone()], self.form.alpn())?);
+        let dial = |config| async {
             let socket = pod_socket(pod, peer.0).map_err(|source| TunnelError::Connect { peer: peer.0, source })?;
             let connected = passthrough::connect(socket, peer.0).await;
             let stream = connected.map_err(|error| TunnelError::Connect { peer: peer.0, source: io::Error::other(error) })?;
@@ -266,7 +266,7 @@ impl Outbound {
             self.observer.metrics().handshake(Side::Client, result, started.elapsed());
             made
         };
-        match timeout(OPEN_DEADLINE, self.pool.open(&key, open, dial)).await {
+        match timeout(OPEN_DEADLINE, self.pool.open(&key, open, setup, dial)).await {
             Ok(opened) => Ok(opened?),
             Err(_elapsed) => Err(Failure::new(
                 CloseReason::DestinationUnreachable,
@@ -284,16 +284,23 @@ struct Carried {
 }
 
 /// Moves a captured connection's bytes until it ends.
-async fn relay_outbound(stream: TcpStream, far: (&mut impl Source, &mut impl Sink), Carried { open, registered }: Carried) {
+fn relay_outbound<'a>(
+    stream: TcpStream,
+    far: (&'a mut impl Source, &'a mut impl Sink),
+    Carried { open, registered }: Carried,
+) -> impl Future<Output = ()> + Send + 'a {
     let (mut source, mut sink) = tcp::split(stream);
-    let bytes = Arc::clone(open.bytes());
-    let end = relay((&mut source, &mut sink), far, (&bytes.sent, &bytes.received), &registered.cancel).await;
-    open.close(end.reason(), None);
+    // Not an `async fn`, which would keep room for its arguments beside what they have become.
+    async move {
+        let bytes = open.bytes();
+        let end = relay((&mut source, &mut sink), far, (&bytes.sent, &bytes.received), &registered.cancel).await;
+        open.close(end.reason(), None);
+    }
 }
 
 /// The way to a destination, open.
 enum Opened {
-    Tunnel(Box<Stream>),
+    Tunnel(Stream),
     Plain(TcpStream),
 }
 

@@ -26,7 +26,7 @@ use tokio::net::TcpStream;
 
 use crate::model::CloseReason;
 
-pub use stream::{Stream, StreamSink, StreamSource};
+pub use stream::Stream;
 
 /// How long a TLS handshake may take, on either side.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);

@@ -1,13 +1,15 @@
 //! What a peer's tunnel carries to a pod, stream by stream, in either form.
 
 use std::future::pending;
+use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 
+use tokio::net::TcpStream;
 use tracing::debug;
 
-use super::{GREEDY, Inbound, Refusal};
+use super::{Carried, GREEDY, Inbound, Refusal, relay_inbound};
 use crate::capture::LocalPod;
 use crate::model::{CloseReason, Flow, SpiffeId};
 use crate::observe::{ConnectionInfo, Direction, Security};
@@ -15,7 +17,7 @@ use crate::open_connections::Registered;
 use crate::relay::tcp;
 use crate::serve::Permits;
 use crate::tunnel::hbone::{self, OpenRequest};
-use crate::tunnel::single::{self, Open, SingleSink, SingleSource};
+use crate::tunnel::single::{self, Open, SingleStream};
 
 /// The far end of a tunnel.
 #[derive(Clone)]
@@ -84,26 +86,36 @@ impl Inbound {
     }
 
     /// The streams of a tunnel of the single form, one after the other.
-    pub(super) async fn single(&self, pod: Arc<LocalPod>, peer: Peer, mut tunnel: single::Idle) {
-        let mut distrusted = pin!(self.distrusted(&peer));
-        loop {
-            let next = tokio::select! {
-                next = tunnel.next() => next,
-                () = &mut distrusted => return,
-                () = pod.released.cancelled() => return,
-                () = self.drain.started() => return,
+    pub(super) async fn single(&self, pod: &LocalPod, peer: &Peer, mut tunnel: single::Idle) {
+        // A tunnel that waits for its next stream needs no room for one, and a stream none for what its tunnel has waited with.
+        while let Some((open, mut stream)) = Box::pin(self.next_stream(pod, peer, tunnel)).await {
+            let carried = match Box::pin(self.answer(pod, peer, &open, &mut stream)).await {
+                Ok(Some((far, carried))) => {
+                    Box::pin(relay_inbound((&mut stream.source, &mut stream.sink), far, carried)).await;
+                    stream.end()
+                }
+                Ok(None) => stream.refused(),
+                Err(_broken) => None,
             };
-            let (open, source, sink) = match next {
-                Ok(Some(stream)) => stream,
-                Ok(None) => return,
-                Err(error) => return debug!(peer = %peer.addr, %error, "tunnel broke"),
-            };
-            // A tunnel that waits for its next stream needs no room for one.
-            match Box::pin(self.single_stream(&pod, &peer, &open, source, sink)).await {
+            match carried {
                 Some(idle) => tunnel = idle,
                 None => return,
             }
         }
+    }
+
+    /// Waits for the next stream of a tunnel; none when there will be no more.
+    async fn next_stream(&self, pod: &LocalPod, peer: &Peer, tunnel: single::Idle) -> Option<(Open, Box<SingleStream>)> {
+        let next = tokio::select! {
+            next = tunnel.next() => next,
+            () = self.distrusted(peer) => return None,
+            () = pod.released.cancelled() => return None,
+            () = self.drain.started() => return None,
+        };
+        next.unwrap_or_else(|error| {
+            debug!(peer = %peer.addr, %error, "tunnel broke");
+            None
+        })
     }
 
     /// Waits until others are believed than when the peer showed its certificate. No more streams may be opened then: the peer has
@@ -137,7 +149,8 @@ impl Inbound {
         };
         match request.accept() {
             Ok((mut source, mut sink)) => {
-                self.relay((&mut source, &mut sink), far, &registered, self.observer.open(info)).await;
+                let carried = Carried { open: self.observer.open(info), registered };
+                relay_inbound((&mut source, &mut sink), far, carried).await;
             }
             Err(error) => {
                 tcp::reset_on_close(&far);
@@ -146,37 +159,37 @@ impl Inbound {
         }
     }
 
-    /// Serves one stream; gives the tunnel back when it can carry another.
-    async fn single_stream(
+    /// Opens the way from a stream to the application, and answers the peer; none when it was refused.
+    ///
+    /// # Errors
+    /// The tunnel's error: there is nobody to answer.
+    async fn answer(
         &self,
         pod: &LocalPod,
         peer: &Peer,
         open: &Open,
-        mut source: SingleSource,
-        mut sink: SingleSink,
-    ) -> Option<single::Idle> {
+        stream: &mut SingleStream,
+    ) -> io::Result<Option<(TcpStream, Carried)>> {
         // Only the port is taken from what the peer says; the address is the tunnel's own.
         let peer = Peer { addr: SocketAddr::new(peer.addr.ip(), open.source.port()), ..peer.clone() };
         let info = self.describe(pod, &peer, open.destination);
         let delivered = match self.admit(pod, &peer, Some(open.destination)) {
-            Ok((flow, registered)) => Box::pin(self.deliver(pod, &flow)).await.map(|far| (far, registered)),
+            Ok((flow, registered)) => self.deliver(pod, &flow).await.map(|far| (far, registered)),
             Err(refusal) => Err(refusal),
         };
         let (far, registered) = match delivered {
             Ok(delivered) => delivered,
             Err(Refusal { reason, detail }) => {
                 self.observer.fail(&info, reason, &detail);
-                sink.answer(Some(reason)).await.ok()?;
-                return sink.refused(source);
+                return stream.sink.answer(Some(reason)).await.map(|()| None);
             }
         };
-        if let Err(error) = sink.answer(None).await {
+        if let Err(error) = stream.sink.answer(None).await {
             tcp::reset_on_close(&far);
             self.observer.fail(&info, CloseReason::SourceReset, &error);
-            return None;
+            return Err(error);
         }
-        self.relay((&mut source, &mut sink), far, &registered, self.observer.open(info)).await;
-        single::reunite(source, sink)
+        Ok(Some((far, Carried { open: self.observer.open(info), registered })))
     }
 
     fn crowded(&self, pod: &LocalPod, peer: &Peer, request: OpenRequest, why: &str) {

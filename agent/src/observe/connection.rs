@@ -134,7 +134,7 @@ struct Entry {
     id: u64,
     info: ConnectionInfo,
     opened_at: Instant,
-    bytes: Arc<ByteCounts>,
+    bytes: ByteCounts,
     flushed: ByteCounts,
     pair: Arc<Pair>,
 }
@@ -182,7 +182,7 @@ impl Observer {
             id: self.0.next_id.fetch_add(1, Relaxed),
             info,
             opened_at: Instant::now(),
-            bytes: Arc::default(),
+            bytes: ByteCounts::default(),
             flushed: ByteCounts::default(),
             pair,
         });
@@ -278,7 +278,7 @@ pub struct OpenConnection {
 impl OpenConnection {
     /// Where the relay counts the bytes that it has passed on.
     #[must_use]
-    pub fn bytes(&self) -> &Arc<ByteCounts> {
+    pub fn bytes(&self) -> &ByteCounts {
         &self.entry.bytes
     }
 

@@ -227,6 +227,13 @@ impl ResetOnDrop {
         Self { stream: Arc::clone(stream), end: Ending::Armed }
     }
 
+    /// What comes next may be cut short. A connection that was reset stays so.
+    pub(crate) fn arm(&mut self) {
+        if self.end == Ending::Disarmed {
+            self.end = Ending::Armed;
+        }
+    }
+
     /// The connection has ended in order, as far as this half goes. One that was reset stays so.
     pub(crate) fn disarm(&mut self) {
         if self.end == Ending::Armed {

@@ -7,11 +7,12 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::single::{self, Idle, Open};
-use super::{Stream, StreamSink, StreamSource, Tunnel, TunnelError, hbone};
+use super::single::{Idle, Open};
+use super::stream::{Home, Stream};
+use super::{Tunnel, TunnelError, hbone};
 use crate::model::CloseReason;
 
 /// How long a tunnel without streams is kept.
@@ -21,10 +22,10 @@ const IDLE_PER_KEY: usize = 256;
 /// How many pooled tunnels are tried before a new one is made: each may have broken unseen.
 const TRIES: usize = 4;
 
-/// The tunnels of a node, by a key that says who speaks to whom.
+/// The tunnels of a node, by a key that says who speaks to whom. `S` is what the tunnels of one key are set up with, all of them alike.
 #[derive(Debug)]
-pub struct Pool<K> {
-    slots: Mutex<HashMap<K, Arc<Slot>>>,
+pub struct Pool<K, S> {
+    slots: Mutex<HashMap<K, (Arc<Slot>, S)>>,
 }
 
 /// The tunnels of one key.
@@ -57,23 +58,30 @@ impl<T> Warm<T> {
     }
 }
 
-impl<K: Eq + Hash + Clone> Pool<K> {
+impl<K: Eq + Hash + Clone, S: Clone> Pool<K, S> {
     /// No tunnels.
     #[must_use]
     pub fn new() -> Self {
         Self { slots: Mutex::new(HashMap::new()) }
     }
 
-    /// Opens a stream, in a tunnel that is there or else in one that `dial` makes. A pooled tunnel that turns out broken is replaced:
-    /// nothing of the application's has been sent yet.
+    /// Opens a stream, in a tunnel that is there or else in one that `dial` makes from what `setup` gave for the key's first. A pooled
+    /// tunnel that turns out broken is replaced: nothing of the application's has been sent yet.
     ///
     /// # Errors
-    /// What `dial` says, or [`TunnelError::Refused`].
-    pub async fn open<F>(&self, key: &K, open: &Open, dial: impl Fn() -> F) -> Result<Stream, TunnelError>
+    /// What `setup` and `dial` say, or [`TunnelError::Refused`].
+    pub async fn open<F>(
+        &self,
+        key: &K,
+        open: &Open,
+        setup: impl FnOnce() -> Result<S, TunnelError>,
+        dial: impl Fn(S) -> F,
+    ) -> Result<Stream, TunnelError>
     where
         F: Future<Output = Result<Tunnel, TunnelError>>,
     {
-        let slot = Arc::clone(lock(&self.slots).entry(key.clone()).or_default());
+        let (slot, setup) = self.slot(key, setup)?;
+        let dial = || dial(setup.clone());
         for _ in 0..TRIES {
             let (tunnel, new) = match slot.usable() {
                 Some(tunnel) => (tunnel, false),
@@ -88,9 +96,19 @@ impl<K: Eq + Hash + Clone> Pool<K> {
         slot.open_in(tunnel, open).await
     }
 
+    fn slot(&self, key: &K, setup: impl FnOnce() -> Result<S, TunnelError>) -> Result<(Arc<Slot>, S), TunnelError> {
+        let mut slots = lock(&self.slots);
+        if let Some(found) = slots.get(key) {
+            return Ok(found.clone());
+        }
+        let new = (Arc::<Slot>::default(), setup()?);
+        slots.insert(key.clone(), new.clone());
+        Ok(new)
+    }
+
     /// Drops the tunnels that are broken, and those that have carried nothing for long. Streams that are open go on.
     pub fn sweep(&self, now: Instant) {
-        lock(&self.slots).retain(|_, slot| {
+        lock(&self.slots).retain(|_, (slot, _)| {
             let mut tunnels = slot.lock();
             tunnels.shared.retain_mut(|warm| {
                 if warm.tunnel.streams() > 0 {
@@ -106,7 +124,7 @@ impl<K: Eq + Hash + Clone> Pool<K> {
 
     /// Forgets the tunnels whose key `retired` says so. Streams that are open go on until they end.
     pub fn retire(&self, retired: impl Fn(&K) -> bool) {
-        lock(&self.slots).retain(|key, slot| {
+        lock(&self.slots).retain(|key, (slot, _)| {
             let keep = !retired(key);
             if !keep {
                 let mut tunnels = slot.lock();
@@ -120,7 +138,7 @@ impl<K: Eq + Hash + Clone> Pool<K> {
     /// How many tunnels there are that are shared or idle.
     #[must_use]
     pub fn len(&self) -> usize {
-        let count = |slot: &Arc<Slot>| {
+        let count = |(slot, _): &(Arc<Slot>, S)| {
             let tunnels = slot.lock();
             tunnels.shared.len() + tunnels.idle.len()
         };
@@ -134,7 +152,7 @@ impl<K: Eq + Hash + Clone> Pool<K> {
     }
 }
 
-impl<K: Eq + Hash + Clone> Default for Pool<K> {
+impl<K: Eq + Hash + Clone, S: Clone> Default for Pool<K, S> {
     fn default() -> Self {
         Self::new()
     }
@@ -182,17 +200,13 @@ impl Slot {
     async fn open_in(self: &Arc<Self>, tunnel: Pooled, open: &Open) -> Result<Stream, TunnelError> {
         match tunnel {
             Pooled::Idle(idle) => self.open_single(idle, open).await,
-            Pooled::Shared(tunnel, place) => Ok(Stream::hbone(tunnel.open(place, open.destination).await?)),
+            Pooled::Shared(tunnel, place) => Ok(Stream::Hbone(Box::new(tunnel.open(place, open.destination).await?))),
         }
     }
 
     async fn open_single(self: &Arc<Self>, idle: Idle, open: &Open) -> Result<Stream, TunnelError> {
         match idle.open(open).await.map_err(TunnelError::Cut)? {
-            Ok((source, sink)) => Ok(Stream {
-                source: StreamSource::Single(source),
-                sink: StreamSink::Single(sink),
-                home: Some(Arc::downgrade(self)),
-            }),
+            Ok(stream) => Ok(Stream::Single(stream, Home(Arc::downgrade(self)))),
             Err((reason, idle)) => {
                 self.put(idle);
                 Err(TunnelError::Refused { reason })
@@ -233,13 +247,6 @@ impl Slot {
 enum Pooled {
     Idle(Idle),
     Shared(Arc<hbone::Outbound>, hbone::Place),
-}
-
-/// Gives a stream's tunnel back, if it ended in order and the pool still wants it.
-pub(super) fn give_back(home: &Weak<Slot>, source: single::SingleSource, sink: single::SingleSink) {
-    if let (Some(slot), Some(idle)) = (home.upgrade(), single::reunite(source, sink)) {
-        slot.put(idle);
-    }
 }
 
 /// A panic while the lock was held cannot have left the tables half changed: every change is one call.

@@ -47,12 +47,16 @@ pub const ALPN: &[u8] = b"culvert/1";
 
 /// A tunnel that carries no stream now.
 #[derive(Debug)]
-pub struct Idle(Box<Directions>);
+pub struct Idle(Box<SingleStream>);
 
+/// A tunnel while it carries a stream, both halves of it. One and the same place for all streams of a tunnel: it is moved by its
+/// address.
 #[derive(Debug)]
-struct Directions {
-    reader: RecordReader,
-    writer: RecordWriter,
+pub struct SingleStream {
+    /// The half that gives bytes.
+    pub source: SingleSource,
+    /// The half that takes them.
+    pub sink: SingleSink,
 }
 
 /// The half of a stream that gives bytes.
@@ -82,52 +86,10 @@ pub struct SingleSink {
 
 impl Idle {
     /// A tunnel on an authenticated connection.
-    pub(super) fn new(tls: TlsStream) -> Self {
-        Self(Box::new(Directions { reader: tls.reader, writer: tls.writer }))
-    }
-
-    /// Whether the peer is still there, as far as can be told without asking: an idle peer says nothing.
-    #[must_use]
-    pub fn quiet(&self) -> bool {
-        self.0.reader.quiet()
-    }
-
-    /// Opens a stream, as the dialler.
-    ///
-    /// # Errors
-    /// The connection's error: it broke, or the peer spoke out of turn.
-    pub async fn open(self, open: &Open) -> io::Result<Result<(SingleSource, SingleSink), (CloseReason, Self)>> {
-        let (mut source, mut sink) = self.start();
-        sink.send(&open.encode()).await?;
-        match source.piece().await? {
-            Piece::Answer(None) => Ok(Ok((source, sink))),
-            Piece::Answer(Some(reason)) => Ok(Err((reason, sink.refused(source).ok_or_else(out_of_turn)?))),
-            Piece::Open(_) | Piece::Data(_) | Piece::Fin => Err(out_of_turn()),
-        }
-    }
-
-    /// Waits for the next stream, as the acceptor; none when the dialler has closed the tunnel, or has left it idle for too long. Cancel
-    /// safe: dropped, it closes the tunnel.
-    ///
-    /// # Errors
-    /// The connection's error: it broke, or the peer spoke out of turn.
-    pub async fn next(self) -> io::Result<Option<(Open, SingleSource, SingleSink)>> {
-        let (mut source, mut sink) = self.start();
-        match timeout(ACCEPTED_IDLE, source.piece_or_end()).await.unwrap_or(Ok(None)) {
-            Ok(Some(Piece::Open(open))) => Ok(Some((open, source, sink))),
-            Ok(Some(Piece::Answer(_) | Piece::Data(_) | Piece::Fin)) => Err(out_of_turn()),
-            Ok(None) => {
-                sink.end.disarm();
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    fn start(self) -> (SingleSource, SingleSink) {
-        let Directions { reader, writer } = *self.0;
+    pub(super) fn new(TlsStream { reader, writer, .. }: TlsStream) -> Self {
         let read_finished = Arc::new(AtomicBool::new(false));
-        let end = ResetOnDrop::new(writer.socket());
+        let mut end = ResetOnDrop::new(writer.socket());
+        end.disarm();
         let sink = SingleSink { writer, read_finished: Arc::clone(&read_finished), finishing: false, end };
         let source = SingleSource {
             reader,
@@ -138,18 +100,84 @@ impl Idle {
             finished: false,
             watch: Watch::default(),
         };
-        (source, sink)
+        Self(Box::new(SingleStream { source, sink }))
+    }
+
+    /// Whether the peer is still there, as far as can be told without asking: an idle peer says nothing.
+    #[must_use]
+    pub fn quiet(&self) -> bool {
+        self.0.source.reader.quiet()
+    }
+
+    /// Opens a stream, as the dialler.
+    ///
+    /// # Errors
+    /// The connection's error: it broke, or the peer spoke out of turn.
+    pub async fn open(self, open: &Open) -> io::Result<Result<Box<SingleStream>, (CloseReason, Self)>> {
+        let mut stream = self.start();
+        stream.sink.send(&open.encode()).await?;
+        match stream.source.piece().await? {
+            Piece::Answer(None) => Ok(Ok(stream)),
+            Piece::Answer(Some(reason)) => Ok(Err((reason, stream.refused().ok_or_else(out_of_turn)?))),
+            Piece::Open(_) | Piece::Data(_) | Piece::Fin => Err(out_of_turn()),
+        }
+    }
+
+    /// Waits for the next stream, as the acceptor; none when the dialler has closed the tunnel, or has left it idle for too long. Cancel
+    /// safe: dropped, it closes the tunnel.
+    ///
+    /// # Errors
+    /// The connection's error: it broke, or the peer spoke out of turn.
+    pub async fn next(self) -> io::Result<Option<(Open, Box<SingleStream>)>> {
+        let mut stream = self.start();
+        match timeout(ACCEPTED_IDLE, stream.source.piece_or_end()).await.unwrap_or(Ok(None)) {
+            Ok(Some(Piece::Open(open))) => Ok(Some((open, stream))),
+            Ok(Some(Piece::Answer(_) | Piece::Data(_) | Piece::Fin)) => Err(out_of_turn()),
+            Ok(None) => {
+                stream.sink.end.disarm();
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The tunnel with nothing left of its last stream.
+    fn start(self) -> Box<SingleStream> {
+        let mut stream = self.0;
+        let SingleStream { source, sink } = &mut *stream;
+        source.read_finished.store(false, Ordering::Relaxed);
+        (source.finished, sink.finishing) = (false, false);
+        source.watch = Watch::default();
+        sink.end.arm();
+        stream
     }
 }
 
-/// The tunnel of a stream that has ended in order, ready for the next; none when it has not.
-#[must_use]
-pub fn reunite(source: SingleSource, sink: SingleSink) -> Option<Idle> {
-    let ended = source.finished && source.data.is_empty() && sink.end.is_disarmed();
-    (ended && source.payload.is_empty()).then(|| Idle(Box::new(Directions { reader: source.reader, writer: sink.writer })))
+impl SingleStream {
+    /// The tunnel of a stream that has ended in order, ready for the next; none when it has not.
+    #[must_use]
+    pub fn end(self: Box<Self>) -> Option<Idle> {
+        let ended = self.source.finished && self.source.data.is_empty() && self.sink.end.is_disarmed();
+        (ended && self.source.is_between()).then(|| Idle(self))
+    }
+
+    /// Ends a stream that was refused, and keeps the tunnel; none when the peer has spoken out of turn.
+    #[must_use]
+    pub fn refused(mut self: Box<Self>) -> Option<Idle> {
+        if !self.source.is_between() {
+            return None;
+        }
+        self.sink.end.disarm();
+        Some(Idle(self))
+    }
 }
 
 impl SingleSource {
+    /// Whether nothing was opened that belongs to a frame still to be looked at.
+    fn is_between(&self) -> bool {
+        self.payload.is_empty() && self.frames.between()
+    }
+
     /// The next piece. A connection that ends before it is broken.
     async fn piece(&mut self) -> io::Result<Piece> {
         self.piece_or_end().await?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
@@ -253,16 +281,6 @@ impl SingleSink {
     /// The connection's error.
     pub async fn answer(&mut self, refused: Option<CloseReason>) -> io::Result<()> {
         self.send(&frame::answer(refused)).await
-    }
-
-    /// Ends a stream that was refused, and keeps the tunnel; none when the peer has spoken out of turn.
-    #[must_use]
-    pub fn refused(mut self, source: SingleSource) -> Option<Idle> {
-        if !source.payload.is_empty() {
-            return None;
-        }
-        self.end.disarm();
-        Some(Idle(Box::new(Directions { reader: source.reader, writer: self.writer })))
     }
 
     /// Writes all of the frame and makes sure that it leaves.

@@ -58,7 +58,7 @@ fn what_is_not_known_reads_unknown() {
 fn bytes_show_while_the_connection_runs_and_are_exact_at_its_end() {
     let observer = Observer::new("node-a");
     let connection = observer.open(info());
-    let bytes = Arc::clone(connection.bytes());
+    let bytes = connection.bytes();
     let read = || {
         let page = observer.exposition();
         (series(&page, "istio_tcp_received_bytes_total", &[]), series(&page, "istio_tcp_sent_bytes_total", &[]))

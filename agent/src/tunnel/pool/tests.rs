@@ -74,16 +74,16 @@ impl Far {
 /// Serves streams that end as soon as they are open.
 async fn serve_single(io: TlsStream) {
     let mut idle = Idle::new(io);
-    while let Ok(Some((open, mut source, mut sink))) = idle.next().await {
+    while let Ok(Some((open, mut stream))) = idle.next().await {
         if open.destination.port() == REFUSED {
-            sink.answer(Some(CloseReason::PolicyDenied)).await.expect("open");
-            idle = sink.refused(source).expect("nothing out of turn");
+            stream.sink.answer(Some(CloseReason::PolicyDenied)).await.expect("open");
+            idle = stream.refused().expect("nothing out of turn");
             continue;
         }
-        sink.answer(None).await.expect("open");
-        std::future::poll_fn(|cx| sink.poll_finish(cx)).await.expect("open");
-        let Ok(None) = std::future::poll_fn(|cx| source.poll_fill(cx)).await else { return };
-        idle = single::reunite(source, sink).expect("ended in order");
+        stream.sink.answer(None).await.expect("open");
+        std::future::poll_fn(|cx| stream.sink.poll_finish(cx)).await.expect("open");
+        let Ok(None) = std::future::poll_fn(|cx| stream.source.poll_fill(cx)).await else { return };
+        idle = stream.end().expect("ended in order");
     }
 }
 
@@ -91,12 +91,12 @@ fn to(port: u16) -> Open {
     Open::new("10.0.0.1:4000".parse().unwrap(), SocketAddr::from(([10, 0, 0, 2], port)))
 }
 
-async fn open(pool: &Pool<&'static str>, far: &Arc<Far>, port: u16) -> Result<Stream, TunnelError> {
-    tokio::time::timeout(SOON, pool.open(&KEY, &to(port), || far.dial())).await.expect("an answer in time")
+async fn open(pool: &Pool<&'static str, ()>, far: &Arc<Far>, port: u16) -> Result<Stream, TunnelError> {
+    tokio::time::timeout(SOON, pool.open(&KEY, &to(port), || Ok(()), |()| far.dial())).await.expect("an answer in time")
 }
 
 /// Opens many at once, and gives those that did.
-async fn open_many(pool: &Arc<Pool<&'static str>>, far: &Arc<Far>, many: usize) -> Vec<Stream> {
+async fn open_many(pool: &Arc<Pool<&'static str, ()>>, far: &Arc<Far>, many: usize) -> Vec<Stream> {
     let mut opening = JoinSet::new();
     for _ in 0..many {
         let (pool, far) = (Arc::clone(pool), Arc::clone(far));
@@ -105,11 +105,12 @@ async fn open_many(pool: &Arc<Pool<&'static str>>, far: &Arc<Far>, many: usize) 
     opening.join_all().await
 }
 
-/// Ends a stream in order, from both sides.
-async fn end(mut stream: Stream) {
+/// Ends a stream of the single form in order, from both sides.
+async fn end(stream: Stream) {
+    let Stream::Single(mut stream, home) = stream else { panic!("the tunnel is shared") };
     std::future::poll_fn(|cx| stream.sink.poll_finish(cx)).await.expect("open");
     assert!(matches!(std::future::poll_fn(|cx| stream.source.poll_fill(cx)).await, Ok(None)));
-    stream.end();
+    home.take_back(stream);
 }
 
 #[tokio::test]
@@ -141,7 +142,7 @@ async fn nobody_waits_for_a_destination_that_is_not_his() {
     let mut opening = JoinSet::new();
     for port in [SILENT, SILENT, SERVED] {
         let (pool, far) = (Arc::clone(&pool), Arc::clone(&far));
-        opening.spawn(async move { pool.open(&KEY, &to(port), || far.dial()).await.map(|_stream| port) });
+        opening.spawn(async move { pool.open(&KEY, &to(port), || Ok(()), |()| far.dial()).await.map(|_stream| port) });
         tokio::task::yield_now().await;
     }
     drop(gate);

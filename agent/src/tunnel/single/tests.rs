@@ -30,12 +30,12 @@ fn wish() -> Open {
 }
 
 /// Opens a stream and accepts it.
-async fn stream(dialler: Idle, acceptor: Idle) -> ((SingleSource, SingleSink), (SingleSource, SingleSink)) {
+async fn stream(dialler: Idle, acceptor: Idle) -> (Box<SingleStream>, Box<SingleStream>) {
     let accept = async {
-        let (open, source, mut sink) = acceptor.next().await.unwrap().unwrap();
+        let (open, mut stream) = acceptor.next().await.unwrap().unwrap();
         assert_eq!(open, wish());
-        sink.answer(None).await.unwrap();
-        (source, sink)
+        stream.sink.answer(None).await.unwrap();
+        stream
     };
     let wish = wish();
     let (opened, accepted) = tokio::join!(dialler.open(&wish), accept);
@@ -54,19 +54,19 @@ async fn read_to_end(source: &mut SingleSource) -> Vec<u8> {
 async fn a_tunnel_carries_streams_one_after_the_other() {
     let (mut dialler, mut acceptor) = tunnel().await;
     for round in 0..3_u8 {
-        let ((mut near, mut near_sink), (mut far, mut far_sink)) = stream(dialler, acceptor).await;
+        let (mut near, mut far) = stream(dialler, acceptor).await;
         let payload = vec![round; 700_000];
         let send = async {
-            write(&mut near_sink, &payload).await;
-            finish(&mut near_sink).await;
+            write(&mut near.sink, &payload).await;
+            finish(&mut near.sink).await;
         };
-        let (seen, ()) = tokio::join!(read_to_end(&mut far), send);
+        let (seen, ()) = tokio::join!(read_to_end(&mut far.source), send);
         assert_eq!(seen, payload);
-        write(&mut far_sink, b"thanks").await;
-        finish(&mut far_sink).await;
-        assert_eq!(read_to_end(&mut near).await, b"thanks");
-        dialler = reunite(near, near_sink).unwrap();
-        acceptor = reunite(far, far_sink).unwrap();
+        write(&mut far.sink, b"thanks").await;
+        finish(&mut far.sink).await;
+        assert_eq!(read_to_end(&mut near.source).await, b"thanks");
+        dialler = near.end().unwrap();
+        acceptor = far.end().unwrap();
         assert!(dialler.quiet() && acceptor.quiet());
     }
 }
@@ -75,9 +75,9 @@ async fn a_tunnel_carries_streams_one_after_the_other() {
 async fn a_refusal_names_its_reason_and_keeps_the_tunnel() {
     let (dialler, acceptor) = tunnel().await;
     let refuse = async {
-        let (_, source, mut sink) = acceptor.next().await.unwrap().unwrap();
-        sink.answer(Some(CloseReason::PolicyDenied)).await.unwrap();
-        sink.refused(source).expect("nothing out of turn")
+        let (_, mut stream) = acceptor.next().await.unwrap().unwrap();
+        stream.sink.answer(Some(CloseReason::PolicyDenied)).await.unwrap();
+        stream.refused().expect("nothing out of turn")
     };
     let wish = wish();
     let (opened, acceptor) = tokio::join!(dialler.open(&wish), refuse);
@@ -87,48 +87,62 @@ async fn a_refusal_names_its_reason_and_keeps_the_tunnel() {
 }
 
 #[tokio::test]
+async fn a_tunnel_whose_peer_has_begun_to_speak_out_of_turn_is_not_used_again() {
+    let (dialler, acceptor) = tunnel().await;
+    let refuse = async {
+        let (_, mut stream) = acceptor.next().await.unwrap().unwrap();
+        let early = [&frame::answer(Some(CloseReason::PolicyDenied))[..], &frame::answer(None)[..2]].concat();
+        stream.sink.send(&early).await.unwrap();
+        stream
+    };
+    let wish = wish();
+    let (opened, _acceptor) = tokio::join!(dialler.open(&wish), refuse);
+    assert_eq!(opened.expect_err("the next answer was there before its question").kind(), io::ErrorKind::InvalidData);
+}
+
+#[tokio::test]
 async fn a_reset_is_no_end_of_file() {
     let (dialler, acceptor) = tunnel().await;
-    let ((near, mut near_sink), (mut far, far_sink)) = stream(dialler, acceptor).await;
-    near_sink.reset();
-    drop((near, near_sink));
-    assert!(chunk(&mut far).await.is_err());
-    assert!(reunite(far, far_sink).is_none());
+    let (mut near, mut far) = stream(dialler, acceptor).await;
+    near.sink.reset();
+    drop(near);
+    assert!(chunk(&mut far.source).await.is_err());
+    assert!(far.end().is_none());
 }
 
 #[tokio::test]
 async fn a_half_that_is_dropped_unfinished_resets_the_stream() {
     let (dialler, acceptor) = tunnel().await;
-    let ((near, near_sink), (mut far, _far_sink)) = stream(dialler, acceptor).await;
-    drop((near, near_sink));
-    assert!(chunk(&mut far).await.is_err());
+    let (near, mut far) = stream(dialler, acceptor).await;
+    drop(near);
+    assert!(chunk(&mut far.source).await.is_err());
 }
 
 #[tokio::test]
 async fn a_reset_after_a_fin_is_noticed_while_nothing_is_written() {
     let (dialler, acceptor) = tunnel().await;
-    let ((near, mut near_sink), (mut far, mut far_sink)) = stream(dialler, acceptor).await;
-    finish(&mut near_sink).await;
-    assert!(chunk(&mut far).await.unwrap().is_none());
-    near_sink.reset();
-    drop((near, near_sink));
-    poll_fn(|cx| far_sink.poll_broken(cx)).await;
+    let (mut near, mut far) = stream(dialler, acceptor).await;
+    finish(&mut near.sink).await;
+    assert!(chunk(&mut far.source).await.unwrap().is_none());
+    near.sink.reset();
+    drop(near);
+    poll_fn(|cx| far.sink.poll_broken(cx)).await;
 }
 
 #[tokio::test]
 async fn a_fin_of_the_last_stream_is_not_taken_for_one_of_this() {
     let (dialler, acceptor) = tunnel().await;
-    let ((mut near, mut near_sink), (mut far, mut far_sink)) = stream(dialler, acceptor).await;
-    finish(&mut near_sink).await;
-    finish(&mut far_sink).await;
-    assert!(chunk(&mut near).await.unwrap().is_none() && chunk(&mut far).await.unwrap().is_none());
-    let (dialler, acceptor) = (reunite(near, near_sink).unwrap(), reunite(far, far_sink).unwrap());
-    let ((mut near, mut near_sink), (_far, mut far_sink)) = stream(dialler, acceptor).await;
-    write(&mut far_sink, b"mine").await;
+    let (mut near, mut far) = stream(dialler, acceptor).await;
+    finish(&mut near.sink).await;
+    finish(&mut far.sink).await;
+    assert!(chunk(&mut near.source).await.unwrap().is_none() && chunk(&mut far.source).await.unwrap().is_none());
+    let (dialler, acceptor) = (near.end().unwrap(), far.end().unwrap());
+    let (mut near, mut far) = stream(dialler, acceptor).await;
+    write(&mut far.sink, b"mine").await;
     tokio::select! {
         biased;
-        _ = poll_fn(|cx| near_sink.poll_broken(cx)) => panic!("the stream is whole"),
-        seen = chunk(&mut near) => assert_eq!(seen.unwrap().unwrap(), b"mine"),
+        _ = poll_fn(|cx| near.sink.poll_broken(cx)) => panic!("the stream is whole"),
+        seen = chunk(&mut near.source) => assert_eq!(seen.unwrap().unwrap(), b"mine"),
     }
 }
 
@@ -142,12 +156,12 @@ async fn a_tunnel_that_its_dialler_drops_ends_in_order() {
 #[tokio::test]
 async fn a_stream_that_was_reset_after_its_end_gives_no_tunnel_back() {
     let (dialler, acceptor) = tunnel().await;
-    let ((mut near, mut near_sink), (_far, mut far_sink)) = stream(dialler, acceptor).await;
-    finish(&mut near_sink).await;
-    finish(&mut far_sink).await;
-    assert!(chunk(&mut near).await.unwrap().is_none());
-    near_sink.reset();
-    assert!(reunite(near, near_sink).is_none());
+    let (mut near, mut far) = stream(dialler, acceptor).await;
+    finish(&mut near.sink).await;
+    finish(&mut far.sink).await;
+    assert!(chunk(&mut near.source).await.unwrap().is_none());
+    near.sink.reset();
+    assert!(near.end().is_none());
 }
 
 #[tokio::test]
