@@ -12,10 +12,13 @@ use std::sync::OnceLock;
 
 use tracing::Subscriber;
 use tracing::metadata::LevelFilter;
-use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
+
+mod queue;
+
+use queue::{Lines, Writing, queue};
 
 /// The environment variable with the filter.
 pub const FILTER_VARIABLE: &str = "CULVERT_LOG";
@@ -25,13 +28,13 @@ const DEFAULT_FILTER: &str = "info";
 /// Libraries that say much at debug and trace, and nothing about the mesh. A filter of directives can still name them.
 const QUIET: &str = "h2=info,hyper=info,hyper_util=info,rustls=info,tower=info,tonic=info";
 
-/// Lines that may wait for the output: at some 500 bytes a line, 4 MiB.
-const QUEUE_LINES: usize = 8_192;
+/// Bytes of lines that may wait for the output: some 8,000 lines.
+const QUEUE: usize = 4 << 20;
 
 static OUTPUT: OnceLock<Output> = OnceLock::new();
 
 struct Output {
-    dropped: ErrorCounter,
+    lines: Lines,
     filter: reload::Handle<EnvFilter, Registry>,
 }
 
@@ -97,7 +100,7 @@ pub enum LogError {
 /// Keeps the writing thread. Dropping it writes out what waits, for a second at most.
 #[derive(Debug)]
 #[must_use = "lines are lost when this is dropped before the process ends"]
-pub struct LogGuard(#[expect(dead_code, reason = "held for its drop")] Option<WorkerGuard>);
+pub struct LogGuard(#[expect(dead_code, reason = "held for its drop")] Option<Writing>);
 
 /// Sends this process's log lines to standard output. A filter in `CULVERT_LOG` that doesn't parse is reported and `info` used:
 /// a wrong word in the environment must not keep a node's pods offline. A second call in one process changes nothing.
@@ -108,23 +111,23 @@ pub fn init(format: LogFormat) -> LogGuard {
         Ok(filter) => (filter, None),
         Err(error) => (EnvFilter::new(DEFAULT_FILTER), Some(error)),
     };
-    let (writer, guard, dropped) = non_blocking(io::stdout(), QUEUE_LINES);
+    let Ok((lines, writing)) = queue(io::stdout(), QUEUE) else { return LogGuard(None) };
     let (filter, handle) = reload::Layer::new(filter);
     let ansi = format == LogFormat::Text && io::stdout().is_terminal();
-    if tracing::subscriber::set_global_default(subscriber(format, writer, filter, ansi)).is_err() {
+    if tracing::subscriber::set_global_default(subscriber(format, lines.clone(), filter, ansi)).is_err() {
         return LogGuard(None);
     }
-    OUTPUT.get_or_init(|| Output { dropped, filter: handle });
+    OUTPUT.get_or_init(|| Output { lines, filter: handle });
     if let Some(error) = problem {
         tracing::warn!("{FILTER_VARIABLE}: {error}; using {DEFAULT_FILTER}");
     }
-    LogGuard(Some(guard))
+    LogGuard(Some(writing))
 }
 
 /// How many lines were dropped since the start because the output did not keep up.
 #[must_use]
 pub fn dropped_lines() -> u64 {
-    OUTPUT.get().map_or(0, |output| output.dropped.dropped_lines() as u64)
+    OUTPUT.get().map_or(0, |output| output.lines.dropped())
 }
 
 /// Changes the filter of the running process: a level, or directives. Leaves it as it was on error.
@@ -156,13 +159,6 @@ fn parse_filter(text: &str) -> Result<EnvFilter, LogError> {
         Ok(_) | Err(_) => EnvFilter::builder().parse(text),
     };
     parsed.map_err(|source| LogError::Filter { filter: text.to_owned(), source })
-}
-
-fn non_blocking(output: impl io::Write + Send + 'static, lines: usize) -> (NonBlocking, WorkerGuard, ErrorCounter) {
-    let builder = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(lines).thread_name("log");
-    let (writer, guard) = builder.finish(output);
-    let dropped = writer.error_counter();
-    (writer, guard, dropped)
 }
 
 /// Lines in `format` to `writer`.

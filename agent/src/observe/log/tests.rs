@@ -115,13 +115,42 @@ impl Write for Stuck {
 fn a_stuck_output_drops_and_counts_lines_and_blocks_nobody() {
     let (entered, entries) = mpsc::channel();
     let (release, released) = mpsc::channel();
-    let (mut writer, guard, dropped) = non_blocking(Stuck { entered, release: released }, 4);
-    writer.write_all(b"first\n").expect("queued");
+    let (lines, writing) = queue(Stuck { entered, release: released }, 4 * b"line\n".len()).expect("a thread");
+    (&lines).write_all(b"first\n").expect("queued");
     entries.recv().expect("the first line is being written");
     for _ in 0..10 {
-        writer.write_all(b"line\n").expect("never blocks");
+        (&lines).write_all(b"line\n").expect("never blocks");
     }
-    assert_eq!(dropped.dropped_lines(), 6);
+    assert_eq!(lines.dropped(), 6);
     drop(release);
-    drop(guard);
+    drop(writing);
+}
+
+/// An output that keeps what each call wrote.
+struct Kept(mpsc::Sender<Vec<u8>>);
+
+impl Write for Kept {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.send(bytes.to_vec()).map_err(|_gone| io::ErrorKind::BrokenPipe)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn lines_that_come_together_are_written_together_and_the_last_are_not_lost() {
+    let (kept, written) = mpsc::channel();
+    let (lines, writing) = queue(Kept(kept), 1 << 20).expect("a thread");
+    let all = (0..1000).map(|number| format!("line {number}\n")).collect::<Vec<_>>();
+    for line in &all {
+        (&lines).write_all(line.as_bytes()).expect("queued");
+    }
+    drop(writing);
+    let calls = written.try_iter().collect::<Vec<_>>();
+    assert_eq!(String::from_utf8(calls.concat()).expect("text"), all.concat());
+    assert!(calls.len() < all.len() / 2, "{} calls", calls.len());
+    assert_eq!(lines.dropped(), 0);
 }
