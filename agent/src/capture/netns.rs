@@ -5,6 +5,7 @@
 //! pod's bytes from another.
 #![expect(unsafe_code, reason = "socket options and file system types that no safe interface reads")]
 
+use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
@@ -12,6 +13,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use netlink_packet_core::{NLM_F_DUMP, Parseable as _};
@@ -85,7 +87,7 @@ impl Netns {
         self.cookie
     }
 
-    /// Runs `f` on this thread inside the namespace. `f` must not hand work to other threads: they are not in it.
+    /// Runs `f` on this thread inside the namespace. `f` must not hand work to other threads, which are not in it, nor enter another.
     ///
     /// # Errors
     /// That of `f`, or that the namespace could not be entered. A process that cannot come back is aborted.
@@ -102,17 +104,25 @@ impl AsFd for Netns {
 
 const CURRENT: &str = "/proc/thread-self/ns/net";
 
+/// Where a thread comes back to is found out once: it never is anywhere else for long.
 fn enter<T>(namespace: BorrowedFd<'_>, f: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    struct Home(File);
+    struct Home(Rc<File>);
     impl Drop for Home {
         fn drop(&mut self) {
-            if let Err(error) = setns(&self.0, CloneFlags::CLONE_NEWNET) {
+            if let Err(error) = setns(&*self.0, CloneFlags::CLONE_NEWNET) {
                 tracing::error!(%error, "cannot come back from a pod's network namespace: stopping");
                 std::process::abort();
             }
         }
     }
-    let home = Home(File::open(CURRENT)?);
+    thread_local! {
+        static HOME: OnceCell<Rc<File>> = const { OnceCell::new() };
+    }
+    let home = HOME.with(|home| match home.get() {
+        Some(home) => Ok(Rc::clone(home)),
+        None => File::open(CURRENT).map(|file| Rc::clone(home.get_or_init(|| Rc::new(file)))),
+    });
+    let home = Home(home?);
     setns(namespace, CloneFlags::CLONE_NEWNET)?;
     let result = f();
     drop(home);
