@@ -21,4 +21,6 @@ pub use flow::{Flow, Verdict};
 pub use mode::{Mode, PeerAuthentication};
 pub use snapshot::{Destination, Snapshot};
 pub use spiffe_id::{SpiffeId, TrustDomain};
-pub use workload::{PortMapping, Service, TunnelProtocol, Workload, WorkloadType};
+pub use workload::{
+    PodAddresses, PortMapping, ServedPorts, Service, TelemetryNames, TextEnd, TunnelProtocol, Workload, WorkloadType,
+};
