@@ -5,6 +5,8 @@
 //! are persistent, so that a copy shares all but what changed, and two snapshots' destination tables are compared in a time
 //! that grows with their difference.
 
+mod policies;
+
 use std::borrow::Borrow;
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
@@ -13,7 +15,8 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::{Authorization, Mode, Scope, Service, TrustDomain, Workload};
+use self::policies::Policies;
+use super::{Applicable, Authorization, Mode, Service, TrustDomain, Workload};
 
 /// The state of the mesh at one moment.
 #[derive(Clone, Debug)]
@@ -30,9 +33,7 @@ pub struct Snapshot {
     endpoints: imbl::OrdMap<Arc<str>, Arc<Endpoints>>,
     members: imbl::OrdMap<Arc<str>, Members>,
     local: imbl::OrdMap<Arc<str>, Arc<Workload>>,
-    policies: imbl::HashMap<Arc<str>, Arc<Authorization>>,
-    global_policies: imbl::OrdSet<Arc<str>>,
-    namespace_policies: imbl::HashMap<Arc<str>, imbl::OrdSet<Arc<str>>>,
+    policies: Policies,
     destinations: imbl::OrdMap<(IpAddr, u16), Destination>,
 }
 
@@ -116,9 +117,7 @@ impl Snapshot {
             endpoints: imbl::OrdMap::new(),
             members: imbl::OrdMap::new(),
             local: imbl::OrdMap::new(),
-            policies: imbl::HashMap::new(),
-            global_policies: imbl::OrdSet::new(),
-            namespace_policies: imbl::HashMap::new(),
+            policies: Policies::default(),
             destinations: imbl::OrdMap::new(),
         }
     }
@@ -206,30 +205,20 @@ impl Snapshot {
 
     /// All authorization policies, in no order.
     pub fn policies(&self) -> impl Iterator<Item = &Arc<Authorization>> {
-        self.policies.values()
+        self.policies.all().values()
     }
 
     /// The authorization policies that apply to `workload`. The second value names the policies that select it but have not
     /// arrived: until they do, no decision can be made.
     #[must_use]
-    pub fn policies_for(&self, workload: &Workload) -> (Vec<Arc<Authorization>>, Vec<Arc<str>>) {
-        let in_namespace = self.namespace_policies.get(workload.identity.namespace());
-        let keys = self.global_policies.iter().chain(in_namespace.into_iter().flatten());
-        let mut found: Vec<_> = keys.filter_map(|key| self.policies.get(key).cloned()).collect();
-        let mut missing = Vec::new();
-        for key in workload.authorization_policies.iter() {
-            match self.policies.get(key) {
-                Some(policy) => found.push(Arc::clone(policy)),
-                None => missing.push(Arc::clone(key)),
-            }
-        }
-        (found, missing)
+    pub fn policies_for(&self, workload: &Workload) -> (Applicable, Vec<Arc<str>>) {
+        self.policies.applying_to(workload)
     }
 
     /// Whether authorization is for every workload as it is in `other`, as far as can be told without looking at each policy.
     #[must_use]
     pub fn same_policies(&self, other: &Self) -> bool {
-        self.default_deny == other.default_deny && self.policies.ptr_eq(&other.policies)
+        self.default_deny == other.default_deny && self.policies.all().ptr_eq(other.policies.all())
     }
 
     /// What the kernel should do with each address and port; port 0 stands for every port without an entry of its own.
@@ -287,6 +276,7 @@ impl Edit {
             state.destinations.insert(key, destination);
         }
         if workload.node == state.node {
+            state.policies.select(&workload);
             state.local.insert(Arc::clone(&uid), Arc::clone(&workload));
         }
         state.workloads.insert(ByUid(workload));
@@ -296,7 +286,9 @@ impl Edit {
     pub fn remove_workload(&mut self, uid: &str) {
         let state = &mut self.snapshot;
         let Some(ByUid(workload)) = state.workloads.remove(uid) else { return };
-        state.local.remove(uid);
+        if state.local.remove(uid).is_some() {
+            state.policies.deselect(uid);
+        }
         for address in &workload.addresses {
             // Another workload may have taken the address over before this one was told to be gone.
             if state.workload_by_address.get(address).is_some_and(|owner| owner.uid == workload.uid) {
@@ -350,28 +342,12 @@ impl Edit {
 
     /// Adds an authorization policy, or replaces the one of the same key.
     pub fn upsert_policy(&mut self, policy: Authorization) {
-        let key = policy.key();
-        self.remove_policy(&key);
-        let state = &mut self.snapshot;
-        match policy.scope {
-            Scope::Global => drop(state.global_policies.insert(Arc::clone(&key))),
-            Scope::Namespace => {
-                let policies = state.namespace_policies.entry(Arc::clone(&policy.namespace)).or_default();
-                policies.insert(Arc::clone(&key));
-            }
-            Scope::WorkloadSelector => {}
-        }
-        state.policies.insert(key, Arc::new(policy));
+        self.snapshot.policies.upsert(policy);
     }
 
     /// Removes the policy of this key (`namespace/name`), if there is one.
     pub fn remove_policy(&mut self, key: &str) {
-        let state = &mut self.snapshot;
-        let Some(policy) = state.policies.remove(key) else { return };
-        state.global_policies.remove(key);
-        if let Some(policies) = state.namespace_policies.get_mut(&policy.namespace) {
-            policies.remove(key);
-        }
+        self.snapshot.policies.remove(key);
     }
 
     /// Works out what depends on several objects, and gives the new state.
@@ -405,7 +381,11 @@ impl Snapshot {
         };
         let count = placed().filter(ready).count();
         Endpoints {
-            ready: if count == members.len() { Arc::clone(&members) } else { Arc::new(placed().filter(ready).cloned().collect()) },
+            ready: if count == members.len() {
+                Arc::clone(&members)
+            } else {
+                Arc::new(placed().filter(ready).cloned().collect())
+            },
             any_enrolled: placed().any(|workload| workload.enrolled()),
             total: placed().count(),
         }

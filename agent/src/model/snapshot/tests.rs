@@ -1,5 +1,7 @@
 use super::*;
-use crate::model::{Action, PeerAuthentication, PortMapping, ServedPorts, SpiffeId, TunnelProtocol};
+use crate::model::{
+    Action, Authorization, Flow, PeerAuthentication, PortMapping, Rule, Scope, ServedPorts, SpiffeId, TunnelProtocol,
+};
 
 /// A ready pod of the mesh at `address`, on node `n1`.
 pub(crate) fn pod(name: &str, address: &str) -> Workload {
@@ -136,7 +138,7 @@ fn policies_apply_by_scope_and_missing_ones_are_named() {
         scope,
         action: Action::Deny,
         dry_run: false,
-        rules: Vec::new(),
+        rules: vec![Rule::default()],
     };
     let mut edit = Snapshot::empty("n1").edit();
     edit.upsert_policy(policy("mesh", "istio-system", Scope::Global));
@@ -144,9 +146,35 @@ fn policies_apply_by_scope_and_missing_ones_are_named() {
     edit.upsert_policy(policy("elsewhere", "b", Scope::Namespace));
     edit.upsert_policy(policy("chosen", "a", Scope::WorkloadSelector));
     edit.upsert_policy(policy("other", "a", Scope::WorkloadSelector));
-    let snapshot = edit.finish();
     let workload = Workload { authorization_policies: vec!["a/chosen".into(), "a/late".into()].into(), ..pod("one", "10.0.0.1") };
-    let (found, missing) = snapshot.policies_for(&workload);
-    assert_eq!(found.iter().map(|policy| &*policy.name).collect::<Vec<_>>(), ["mesh", "here", "chosen"]);
-    assert_eq!(missing, ["a/late".into()]);
+    let applying = |edit: Edit| {
+        let (found, missing) = edit.finish().policies_for(&workload);
+        let found: Vec<_> = found.candidates(&flow()).into_iter().map(|policy| policy.name.to_string()).collect();
+        (found, missing.iter().map(ToString::to_string).collect::<Vec<_>>())
+    };
+    let unknown = edit.finish();
+    let mut edit = unknown.edit();
+    edit.upsert_workload(workload.clone());
+    let known = edit.finish();
+    for snapshot in [&unknown, &known] {
+        let (found, missing) = applying(snapshot.edit());
+        assert_eq!((found, missing), (texts(&["mesh", "here", "chosen"]), texts(&["a/late"])));
+        let mut edit = snapshot.edit();
+        edit.upsert_policy(policy("late", "a", Scope::WorkloadSelector));
+        edit.remove_policy("istio-system/mesh");
+        edit.remove_policy("a/here");
+        edit.remove_policy("a/chosen");
+        assert_eq!(applying(edit), (texts(&["late"]), texts(&["a/chosen"])));
+    }
+    let mut edit = known.edit();
+    edit.upsert_workload(Workload { authorization_policies: vec!["a/other".into()].into(), ..workload.clone() });
+    assert_eq!(applying(edit).0, ["mesh", "here", "chosen"], "a workload is judged by the policies that it names itself");
+}
+
+fn texts(texts: &[&str]) -> Vec<String> {
+    texts.iter().map(ToString::to_string).collect()
+}
+
+fn flow() -> Flow {
+    Flow { source_identity: None, source: "10.0.0.9:4711".parse().unwrap(), destination: "10.0.0.1:80".parse().unwrap() }
 }
