@@ -15,6 +15,7 @@ mod decode;
 mod fixture;
 mod mirror;
 mod questions;
+mod shared;
 mod xds;
 
 use std::net::IpAddr;

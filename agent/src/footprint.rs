@@ -8,13 +8,18 @@ use std::io;
 
 /// Gives back what the process does not use at this moment. What it needs again comes back by itself, from the page cache.
 pub fn release() {
+    release_free();
+    if let Err(error) = release_code() {
+        tracing::debug!(%error, "the code that starting took stays resident");
+    }
+}
+
+/// Gives back the pages that the allocator holds for nothing.
+pub fn release_free() {
     #[cfg(target_env = "gnu")]
     // SAFETY: only touches free memory of the allocator's, under the allocator's own locks.
     unsafe {
         libc::malloc_trim(0);
-    }
-    if let Err(error) = release_code() {
-        tracing::debug!(%error, "the code that starting took stays resident");
     }
 }
 

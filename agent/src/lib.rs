@@ -52,4 +52,6 @@ pub mod policy;
 pub mod proto;
 pub mod relay;
 pub mod serve;
+#[cfg(test)]
+mod test_memory;
 pub mod tunnel;

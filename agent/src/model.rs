@@ -9,6 +9,7 @@ pub mod close_reason;
 pub mod enrolment;
 pub mod flow;
 pub mod mode;
+pub mod policy_table;
 pub mod snapshot;
 pub mod spiffe_id;
 pub mod workload;
@@ -19,6 +20,9 @@ pub use close_reason::CloseReason;
 pub use enrolment::enrolment;
 pub use flow::{Flow, Verdict};
 pub use mode::{Mode, PeerAuthentication};
+pub use policy_table::Applicable;
 pub use snapshot::{Destination, Snapshot};
 pub use spiffe_id::{SpiffeId, TrustDomain};
-pub use workload::{PortMapping, Service, TunnelProtocol, Workload, WorkloadType};
+pub use workload::{
+    PodAddresses, PortMapping, ServedPorts, Service, TelemetryNames, TextEnd, TunnelProtocol, Workload, WorkloadType,
+};

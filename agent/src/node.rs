@@ -21,6 +21,7 @@ use crate::discovery::{Discovery, DiscoveryConfig, DiscoveryHandle};
 use crate::drain::{Drain, StopSignals};
 use crate::identity::{ControllerEndpoint, ControllerIssuer, StoreConfig, SvidStore, SystemClock};
 use crate::inbound::Inbound;
+use crate::observe::readiness::Condition;
 use crate::observe::{AdminSources, ConnectionInfo, Direction, Observer, Readiness, admin, http};
 use crate::outbound::Outbound;
 use crate::serve::Permits;
@@ -73,14 +74,7 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     let (pod_events, events) = mpsc::channel(256);
     let stop = CancellationToken::new();
     let capturing = tokio::spawn(capture.run(discovery.snapshots(), ask(discovery.clone()), pod_events, stop.clone()));
-    let mut snapshots = discovery.snapshots();
-    tokio::spawn(async move {
-        if snapshots.wait_for(|snapshot| snapshot.synced()).await.is_ok() {
-            synced.met();
-            tokio::time::sleep(SETTLED).await;
-            tokio::task::spawn_blocking(footprint::release);
-        }
-    });
+    tokio::spawn(settle(discovery.clone(), synced));
     info!(node = %config.node, controller = %config.controller, "agent started");
     let pods = Pods { outbound, inbound, svids, observer, permits, local: local_pods };
     let ended = tokio::select! {
@@ -95,6 +89,22 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     drain.finish(config.drain_timeout).await;
     info!("agent stopped; enrolled pods stay closed until an agent is back");
     ended.context("enrolling pods")
+}
+
+/// Says when the mesh is known, and gives back what learning it took.
+async fn settle(discovery: DiscoveryHandle, synced: Condition) {
+    if discovery.snapshots().wait_for(|snapshot| snapshot.synced()).await.is_err() {
+        return;
+    }
+    synced.met();
+    tokio::time::sleep(SETTLED).await;
+    tokio::task::spawn_blocking(footprint::release);
+    let mut connected = discovery.connected();
+    // A controller that is back is told of all that is known, which for a moment takes as much again.
+    while connected.wait_for(|there| !there).await.is_ok() && connected.wait_for(|there| *there).await.is_ok() {
+        tokio::time::sleep(SETTLED).await;
+        tokio::task::spawn_blocking(footprint::release_free);
+    }
 }
 
 fn load_config(config: &AgentConfig) -> LoadConfig {

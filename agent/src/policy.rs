@@ -58,7 +58,7 @@ pub fn fuzz(bytes: &[u8]) {
             true => std::net::SocketAddr::from(([0xfd00, 0, 0, 0, 0, 0, 0, u16::from(last)], 80)),
         };
         let flow = Flow { source_identity, source: address(1), destination: address(2) };
-        let evaluation = evaluate::evaluate(&flow, &[std::sync::Arc::clone(&authorization)], &[], true);
+        let evaluation = evaluate::evaluate(&flow, &[std::sync::Arc::clone(&authorization)].into_iter().collect(), &[], true);
         drop(explain::explain(&flow, &evaluation));
     }
 }

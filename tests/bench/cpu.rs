@@ -49,6 +49,11 @@ pub(crate) fn resident(process: u32) -> Result<f64> {
     held(process, "VmRSS:")
 }
 
+/// The most that a process has held until now, its code included, in bytes.
+pub(crate) fn most_resident(process: u32) -> Result<f64> {
+    held(process, "VmHWM:")
+}
+
 /// The memory that a process has for itself, in bytes.
 pub(crate) fn anonymous(process: u32) -> Result<f64> {
     held(process, "RssAnon:")

@@ -171,32 +171,36 @@ impl Maps {
     pub(super) fn sync_destinations(&self, wanted: &Destinations) -> Result<(), MapError> {
         let mut destinations = lock(&self.0.destinations);
         let (table, held) = &mut *destinations;
-        let (mut upserts, mut removals) = (Vec::new(), Vec::new());
-        for item in held.diff(wanted) {
-            match item {
-                DiffItem::Add(key, destination) | DiffItem::Update { new: (key, destination), .. } => {
-                    upserts.push((*key, *destination));
-                }
-                DiffItem::Remove(key, _) => removals.push(*key),
-            }
-        }
+        let (mut result, mut refused) = (Ok(()), Vec::new());
         // Ports of their own before the rest of an address, when they come and when they go.
-        upserts.sort_by_key(|((_, port), _)| *port == 0);
-        removals.sort_by_key(|(_, port)| *port == 0);
-        let mut result = Ok(());
-        for (key @ (address, port), destination) in upserts {
-            let endpoint = Endpoint::new(address.into(), port);
-            match table.insert(endpoint, dispatch(destination) as u32, 0) {
-                Ok(()) => drop(held.insert(key, destination)),
-                Err(error) => result = result.and(Err(error)),
+        for rest in [false, true] {
+            for item in held.diff(wanted) {
+                let (DiffItem::Add(key, destination) | DiffItem::Update { new: (key, destination), .. }) = item else { continue };
+                if (key.1 == 0) != rest {
+                    continue;
+                }
+                if let Err(error) = table.insert(Endpoint::new(key.0.into(), key.1), dispatch(*destination) as u32, 0) {
+                    result = result.and(Err(error));
+                    refused.push(*key);
+                }
             }
         }
-        for key @ (address, port) in removals {
-            match table.remove(&Endpoint::new(address.into(), port)) {
-                Ok(()) | Err(MapError::KeyNotFound) => drop(held.remove(&key)),
-                Err(error) => result = result.and(Err(error)),
+        for rest in [false, true] {
+            for item in held.diff(wanted) {
+                let DiffItem::Remove(key, _) = item else { continue };
+                if (key.1 == 0) != rest {
+                    continue;
+                }
+                match table.remove(&Endpoint::new(key.0.into(), key.1)) {
+                    Ok(()) | Err(MapError::KeyNotFound) => {}
+                    Err(error) => {
+                        result = result.and(Err(error));
+                        refused.push(*key);
+                    }
+                }
             }
         }
+        *held = applied(held, wanted, &refused);
         result
     }
 
@@ -266,6 +270,19 @@ impl Maps {
             let _gone_with_its_socket = listeners.remove(&key(address, kind));
         }
     }
+}
+
+/// What is in the kernel when all of `wanted` was applied to `held` but some entries. It shares its parts with `wanted`, so that it
+/// costs next to nothing beside it, and what comes to differ is found without looking at the rest.
+fn applied(held: &Destinations, wanted: &Destinations, refused: &[(IpAddr, u16)]) -> Destinations {
+    let mut applied = wanted.clone();
+    for key in refused {
+        match held.get(key) {
+            Some(former) => drop(applied.insert(*key, *former)),
+            None => drop(applied.remove(key)),
+        }
+    }
+    applied
 }
 
 /// The changes from `held` to `wanted`, in an order in which no port is ever ruled on by anything but its old or its new entry.

@@ -32,7 +32,7 @@ impl LocalPod {
     pub(super) fn new(netns: Netns, workload: Arc<Workload>, routing: Option<RoutingLease>) -> Self {
         Self {
             netns,
-            addresses: workload.addresses.clone(),
+            addresses: workload.addresses.to_vec(),
             released: CancellationToken::new(),
             gone: CancellationToken::new(),
             workload: ArcSwap::new(workload),

@@ -3,17 +3,19 @@
 //! Enters: resources as the controller sent them. Leaves: whole objects of the model, or a [`DecodeError`] that names the resource,
 //! the field and the value. Nothing is guessed: a value that is not understood refuses the resource.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 use prost::Message;
 
+use super::shared::Shared;
 use crate::model::spiffe_id::SpiffeIdError;
 use crate::model::{
-    Action, Authorization, Clause, IpBlock, Match, Mode, PeerAuthentication, PortMapping, Rule, Scope, Service,
-    ServiceAccountMatch, SpiffeId, StringMatch, TrustDomain, TunnelProtocol, Workload, WorkloadType,
+    Action, Authorization, Clause, IpBlock, Match, Mode, PeerAuthentication, PodAddresses, PortMapping, Rule, Scope, ServedPorts,
+    Service, ServiceAccountMatch, SpiffeId, StringMatch, TelemetryNames, TextEnd, TrustDomain, TunnelProtocol, Workload,
+    WorkloadType,
 };
 use crate::proto::discovery::Resource;
 use crate::proto::{PEER_AUTHENTICATION_TYPE, culvert, security, workload};
@@ -128,17 +130,22 @@ pub(super) fn mesh(resource: &Resource, type_url: &str) -> Result<Decoded, Decod
 }
 
 /// A resource of [`crate::proto::ADDRESS_TYPE`]. `trust_domain` is that of workloads that do not name their own.
-pub(super) fn address(resource: &Resource, type_url: &str, trust_domain: &TrustDomain) -> Result<Decoded, DecodeError> {
+pub(super) fn address(
+    resource: &Resource,
+    type_url: &str,
+    trust_domain: &TrustDomain,
+    shared: &mut Shared,
+) -> Result<Decoded, DecodeError> {
     let at = At { resource: &resource.name };
     let message: workload::Address = at.message(resource, type_url)?;
     match message.r#type {
         Some(workload::address::Type::Workload(message)) => {
             at.named(resource, &message.uid)?;
             let implicit_domain = message.trust_domain.is_empty();
-            Ok(Decoded::Workload { workload: Box::new(at.workload(message, trust_domain)?), implicit_domain })
+            Ok(Decoded::Workload { workload: Box::new(at.workload(message, trust_domain, shared)?), implicit_domain })
         }
         Some(workload::address::Type::Service(message)) => {
-            let service = at.service(message)?;
+            let service = at.service(message, shared)?;
             at.named(resource, &service.key())?;
             Ok(Decoded::Service(service))
         }
@@ -184,7 +191,12 @@ impl At<'_> {
         Ok(())
     }
 
-    fn workload(&self, message: workload::Workload, mesh_domain: &TrustDomain) -> Result<Workload, DecodeError> {
+    fn workload(
+        &self,
+        message: workload::Workload,
+        mesh_domain: &TrustDomain,
+        shared: &mut Shared,
+    ) -> Result<Workload, DecodeError> {
         let trust_domain = match &*message.trust_domain {
             "" => mesh_domain.clone(),
             domain => domain.parse().map_err(|error| self.fault("trust_domain", Fault::Identity(error)))?,
@@ -194,10 +206,22 @@ impl At<'_> {
             .map_err(|error| self.fault("namespace, service_account", Fault::Identity(error)))?;
         let policies = message.authorization_policies.iter().enumerate();
         let authorization_policies = policies
-            .map(|(place, key)| self.key(|| format!("authorization_policies[{place}]"), key))
-            .collect::<Result<_, _>>()?;
+            .map(|(place, key)| self.key(|| format!("authorization_policies[{place}]"), key, shared))
+            .collect::<Result<Vec<_>, _>>()?;
+        let telemetry = TelemetryNames {
+            workload: shared.texts.one(message.workload_name),
+            workload_type: match self.value("workload_type", message.workload_type)? {
+                workload::WorkloadType::Deployment => WorkloadType::Deployment,
+                workload::WorkloadType::Cronjob => WorkloadType::CronJob,
+                workload::WorkloadType::Pod => WorkloadType::Pod,
+                workload::WorkloadType::Job => WorkloadType::Job,
+            },
+            canonical_name: shared.texts.one(message.canonical_name),
+            canonical_revision: shared.texts.one(message.canonical_revision),
+        };
+        let uid = message.uid.into();
         Ok(Workload {
-            identity,
+            identity: shared.identities.one(identity),
             addresses: self.workload_addresses(&message.addresses)?,
             protocol: match self.value("tunnel_protocol", message.tunnel_protocol)? {
                 workload::TunnelProtocol::None => TunnelProtocol::None,
@@ -211,33 +235,22 @@ impl At<'_> {
                 workload::WorkloadStatus::Healthy => true,
                 workload::WorkloadStatus::Unhealthy => false,
             },
-            workload_type: match self.value("workload_type", message.workload_type)? {
-                workload::WorkloadType::Deployment => WorkloadType::Deployment,
-                workload::WorkloadType::Cronjob => WorkloadType::CronJob,
-                workload::WorkloadType::Pod => WorkloadType::Pod,
-                workload::WorkloadType::Job => WorkloadType::Job,
-            },
-            services: self.workload_services(&message.services)?,
-            peer_authentication: self.peer_authentication(&message.extensions)?,
-            authorization_policies,
-            uid: message.uid.into(),
-            name: message.name.into(),
-            node: message.node.into(),
-            workload_name: message.workload_name.into(),
-            canonical_name: message.canonical_name.into(),
-            canonical_revision: message.canonical_revision.into(),
+            services: self.workload_services(&message.services, shared)?,
+            peer_authentication: shared.modes.one(self.peer_authentication(&message.extensions)?),
+            authorization_policies: shared.policies.one(authorization_policies),
+            name: TextEnd::of(&uid, &message.name),
+            uid,
+            node: shared.texts.one(message.node),
+            telemetry: shared.telemetry.one(telemetry),
         })
     }
 
-    fn workload_addresses(&self, addresses: &[impl AsRef<[u8]>]) -> Result<Vec<IpAddr>, DecodeError> {
-        let mut found: Vec<IpAddr> = Vec::with_capacity(addresses.len().min(2));
+    fn workload_addresses(&self, addresses: &[impl AsRef<[u8]>]) -> Result<PodAddresses, DecodeError> {
+        let mut found = PodAddresses::default();
         for (place, bytes) in addresses.iter().enumerate() {
             let field = || format!("addresses[{place}]");
             let address = self.ip(field, bytes.as_ref())?.to_canonical();
-            if found.iter().any(|other| other.is_ipv4() == address.is_ipv4()) {
-                return Err(self.fault(field(), Fault::SecondAddress(address)));
-            }
-            found.push(address);
+            found.add(address).map_err(|second| self.fault(field(), Fault::SecondAddress(second)))?;
         }
         Ok(found)
     }
@@ -245,7 +258,8 @@ impl At<'_> {
     fn workload_services(
         &self,
         services: &HashMap<String, workload::PortList>,
-    ) -> Result<BTreeMap<Arc<str>, Vec<PortMapping>>, DecodeError> {
+        shared: &mut Shared,
+    ) -> Result<Arc<ServedPorts>, DecodeError> {
         let one = |(key, list): (&String, &workload::PortList)| {
             let field = || format!("services[{}]", quote(key));
             let mappings = list.ports.iter().enumerate().map(|(place, port)| {
@@ -254,9 +268,10 @@ impl At<'_> {
                     target_port: self.port(|| format!("{}.ports[{place}].target_port", field()), port.target_port)?,
                 })
             });
-            Ok((self.key(field, key)?, mappings.collect::<Result<_, DecodeError>>()?))
+            Ok((self.key(field, key, shared)?, mappings.collect::<Result<_, DecodeError>>()?))
         };
-        services.iter().map(one).collect()
+        let services: ServedPorts = services.iter().map(one).collect::<Result<_, DecodeError>>()?;
+        Ok(shared.services.one(services))
     }
 
     fn peer_authentication(&self, extensions: &[workload::Extension]) -> Result<PeerAuthentication, DecodeError> {
@@ -288,7 +303,7 @@ impl At<'_> {
         })
     }
 
-    fn service(&self, message: workload::Service) -> Result<Service, DecodeError> {
+    fn service(&self, message: workload::Service, shared: &mut Shared) -> Result<Service, DecodeError> {
         for (field, text) in [("namespace", &message.namespace), ("hostname", &message.hostname)] {
             if text.is_empty() {
                 return Err(self.fault(field, Fault::Missing));
@@ -309,8 +324,8 @@ impl At<'_> {
             ports: ports.collect::<Result<_, DecodeError>>()?,
             node_local: self.node_local(message.load_balancing.as_ref())?,
             unready_too: self.unready_too(message.load_balancing.as_ref())?,
-            name: message.name.into(),
-            namespace: message.namespace.into(),
+            name: shared.texts.one(message.name),
+            namespace: shared.texts.one(message.namespace),
             hostname: message.hostname.into(),
         })
     }
@@ -443,9 +458,11 @@ impl At<'_> {
         u16::try_from(port).ok().filter(|port| *port != 0).ok_or_else(|| self.fault(field(), Fault::Port(port)))
     }
 
-    fn key(&self, field: impl Fn() -> String, key: &str) -> Result<Arc<str>, DecodeError> {
+    fn key(&self, field: impl Fn() -> String, key: &str, shared: &mut Shared) -> Result<Arc<str>, DecodeError> {
         match key.split_once('/') {
-            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => Ok(key.into()),
+            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+                Ok(shared.texts.one(key))
+            }
             Some(_) | None => Err(self.fault(field(), Fault::Key(quote(key)))),
         }
     }

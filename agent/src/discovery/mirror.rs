@@ -4,11 +4,13 @@
 //! which addresses it answers. A resource that is refused leaves what was held under its name as it was.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::decode::{self, DecodeError, Decoded};
 use super::questions::address_in;
+use super::shared::Shared;
 use crate::model::snapshot::Edit;
 use crate::model::{Snapshot, SpiffeId, TrustDomain, Workload};
 use crate::proto::discovery::{DeltaDiscoveryResponse, Resource};
@@ -29,15 +31,18 @@ pub(super) enum Kind {
 #[derive(Debug)]
 pub(super) struct Mirror {
     snapshot: Arc<Snapshot>,
+    /// What parts of a first answer have changed. While nothing can be decided from a part, no snapshot is made of it.
+    unpublished: Option<Edit>,
+    shared: Shared,
     default_trust_domain: TrustDomain,
-    held: HashMap<Kind, HashMap<String, Held>>,
+    held: HashMap<Kind, HashMap<Arc<str>, Held>>,
     /// The types other than the mesh's settings whose initial set is in.
     complete: Vec<Kind>,
     mesh_known: bool,
     /// The controller answered with mesh settings that made no sense: nothing may be assumed in their place.
     mesh_refused: bool,
     /// Workloads that leave their trust domain to the mesh, while that is not known.
-    parked: HashMap<String, Box<Workload>>,
+    parked: HashMap<Arc<str>, Box<Workload>>,
 }
 
 /// What one response led to.
@@ -52,8 +57,15 @@ pub(super) struct Applied {
 /// One resource that the controller gave.
 #[derive(Debug)]
 struct Held {
-    version: String,
+    version: Version,
     object: Object,
+}
+
+/// A resource's version. Culvert's own are 16 bytes, written as 32 hexadecimal digits: there are as many as there are workloads.
+#[derive(Debug, PartialEq, Eq)]
+enum Version {
+    Digest([u8; 16]),
+    Text(Box<str>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +96,8 @@ impl Mirror {
     pub(super) fn new(node: &str, default_trust_domain: TrustDomain) -> Self {
         Self {
             snapshot: Arc::new(Snapshot::empty(node)),
+            unpublished: None,
+            shared: Shared::default(),
             default_trust_domain,
             held: HashMap::new(),
             complete: Vec::new(),
@@ -101,19 +115,19 @@ impl Mirror {
     /// The versions of all that is held of a kind, by name.
     pub(super) fn versions(&self, kind: Kind) -> HashMap<String, String> {
         let held = self.held.get(&kind).into_iter().flatten();
-        held.map(|(name, held)| (name.clone(), held.version.clone())).collect()
+        held.map(|(name, held)| (name.to_string(), held.version.to_string())).collect()
     }
 
     /// Takes one response over. `asked` says whether somebody asks about an address.
     pub(super) fn apply(&mut self, kind: Kind, response: &DeltaDiscoveryResponse, asked: impl Fn(IpAddr) -> bool) -> Applied {
         let mut applied = Applied::default();
-        let mut edit = self.snapshot.edit();
+        let mut edit = self.edit();
         for name in &response.removed_resources {
             self.remove(kind, name, &mut edit);
             applied.answered.extend(address_in(name).filter(|address| asked(*address)));
         }
         for resource in &response.resources {
-            match self.decode(kind, resource) {
+            match self.decode(kind, resource, &edit) {
                 Ok(decoded) => {
                     let names = resource.aliases.iter().filter_map(|alias| address_in(alias));
                     applied
@@ -124,12 +138,17 @@ impl Mirror {
                 Err(error) => applied.refused.push(error),
             }
         }
+        let partial = response.system_version_info == PARTIAL;
         if kind == Kind::Mesh {
             self.mesh_refused = !applied.refused.is_empty();
-        } else if response.system_version_info != PARTIAL && !self.complete.contains(&kind) {
+        } else if !partial && !self.complete.contains(&kind) {
             self.complete.push(kind);
         }
-        self.publish(edit);
+        if partial && !self.snapshot.synced() && applied.answered.is_empty() {
+            self.unpublished = Some(edit);
+        } else {
+            self.publish(edit);
+        }
         applied
     }
 
@@ -140,28 +159,36 @@ impl Mirror {
 
     /// Acts without mesh settings: the control plane has none, so it is not Culvert's, and its policies come as objects.
     pub(super) fn assume_mesh(&mut self) {
-        let mut edit = self.snapshot.edit();
+        let mut edit = self.edit();
         let mesh =
             decode::Mesh { trust_domain: self.default_trust_domain.clone(), default_deny: false, cluster_ranges: Arc::default() };
         self.take_mesh(mesh, &mut edit);
         self.publish(edit);
     }
 
-    fn decode(&self, kind: Kind, resource: &Resource) -> Result<Decoded, DecodeError> {
+    fn edit(&mut self) -> Edit {
+        self.unpublished.take().unwrap_or_else(|| self.snapshot.edit())
+    }
+
+    fn decode(&mut self, kind: Kind, resource: &Resource, edit: &Edit) -> Result<Decoded, DecodeError> {
         match kind {
             Kind::Mesh => decode::mesh(resource, kind.type_url()),
             Kind::Authorization => decode::authorization(resource, kind.type_url()),
             Kind::Address => {
-                let trust_domain = self.snapshot.trust_domain().unwrap_or(&self.default_trust_domain);
-                decode::address(resource, kind.type_url(), trust_domain)
+                let trust_domain = edit.trust_domain().unwrap_or(&self.default_trust_domain);
+                decode::address(resource, kind.type_url(), trust_domain, &mut self.shared)
             }
         }
     }
 
     fn take(&mut self, kind: Kind, resource: &Resource, decoded: Decoded, edit: &mut Edit) {
         let object = object_of(&decoded);
+        let name = match &decoded {
+            Decoded::Workload { workload, .. } => Arc::clone(&workload.uid),
+            Decoded::Mesh(_) | Decoded::Service(_) | Decoded::Policy(_) => self.shared.texts.one(&*resource.name),
+        };
         let held = self.held.entry(kind).or_default();
-        let former = held.insert(resource.name.clone(), Held { version: resource.version.clone(), object });
+        let former = held.insert(Arc::clone(&name), Held { version: resource.version.as_str().into(), object });
         if let Some(former) = former.filter(|former| !same_table(former.object, object)) {
             self.drop_object(former.object, &resource.name, edit);
         }
@@ -170,9 +197,9 @@ impl Mirror {
             Decoded::Workload { workload, implicit_domain } => {
                 if implicit_domain && !self.mesh_known {
                     edit.remove_workload(&workload.uid);
-                    self.parked.insert(resource.name.clone(), workload);
+                    self.parked.insert(name, workload);
                 } else {
-                    self.parked.remove(&resource.name);
+                    self.parked.remove(&name);
                     edit.upsert_workload(*workload);
                 }
             }
@@ -183,14 +210,14 @@ impl Mirror {
 
     fn take_mesh(&mut self, mesh: decode::Mesh, edit: &mut Edit) {
         for (_, workload) in self.parked.drain() {
-            edit.upsert_workload(in_domain(*workload, &mesh.trust_domain));
+            edit.upsert_workload(in_domain(*workload, &mesh.trust_domain, &mut self.shared));
         }
-        if self.snapshot.trust_domain().is_some_and(|former| *former != mesh.trust_domain) {
+        if edit.trust_domain().is_some_and(|former| *former != mesh.trust_domain) {
             for (name, held) in self.held.get(&Kind::Address).into_iter().flatten() {
                 if held.object == (Object::Workload { implicit_domain: true })
-                    && let Some(workload) = self.snapshot.workload(name)
+                    && let Some(workload) = edit.workload(name).cloned()
                 {
-                    edit.upsert_workload(in_domain((**workload).clone(), &mesh.trust_domain));
+                    edit.upsert_workload(in_domain(Arc::unwrap_or_clone(workload), &mesh.trust_domain, &mut self.shared));
                 }
             }
         }
@@ -253,10 +280,27 @@ fn addresses_of(decoded: &Decoded) -> &[IpAddr] {
     }
 }
 
-fn in_domain(mut workload: Workload, trust_domain: &TrustDomain) -> Workload {
+fn in_domain(mut workload: Workload, trust_domain: &TrustDomain, shared: &mut Shared) -> Workload {
     let identity = SpiffeId::new(trust_domain.clone(), workload.identity.namespace(), workload.identity.service_account());
-    workload.identity = identity.expect("the parts come from an identity, where they were legal");
+    workload.identity = shared.identities.one(identity.expect("the parts come from an identity, where they were legal"));
     workload
+}
+
+impl From<&str> for Version {
+    fn from(text: &str) -> Self {
+        let digest = u128::from_str_radix(text, 16).map(u128::to_be_bytes).map(Self::Digest);
+        // What would be written otherwise than it came is kept as it came.
+        digest.ok().filter(|digest| digest.to_string() == text).unwrap_or_else(|| Self::Text(text.into()))
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Digest(bytes) => write!(f, "{:032x}", u128::from_be_bytes(*bytes)),
+            Self::Text(text) => f.write_str(text),
+        }
+    }
 }
 
 #[cfg(test)]

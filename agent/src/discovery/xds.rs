@@ -12,6 +12,7 @@ use prost_types::{Struct, Value};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use tracing::{debug, info, warn};
 
@@ -111,8 +112,10 @@ impl Client {
 
     /// Opens one stream and serves it to its end.
     async fn stream(&mut self) -> Result<std::convert::Infallible, StreamError> {
-        let requests = self.first_requests();
-        let opening = open(self.config.endpoint.clone(), requests);
+        let endpoint = self.config.endpoint.clone();
+        let channel = self.turning_questions_away(connect(&endpoint)).await??;
+        // In a large mesh they are large: they are made when there is somebody to read them.
+        let opening = open(&endpoint, channel, self.first_requests());
         let (requests, mut responses) = self.turning_questions_away(opening).await??;
         self.outage.over();
         self.connected.send_replace(true);
@@ -228,11 +231,15 @@ impl Client {
     }
 }
 
+async fn connect(endpoint: &ControllerEndpoint) -> Result<Channel, StreamError> {
+    endpoint.connect().await.map_err(StreamError::Connect)
+}
+
 async fn open(
-    endpoint: ControllerEndpoint,
+    endpoint: &ControllerEndpoint,
+    channel: Channel,
     first: Vec<DeltaDiscoveryRequest>,
 ) -> Result<(Requests, Streaming<DeltaDiscoveryResponse>), StreamError> {
-    let channel = endpoint.connect().await.map_err(StreamError::Connect)?;
     let (requests, outgoing) = mpsc::channel(BACKLOG);
     for request in first {
         send(&requests, request)?;

@@ -16,7 +16,7 @@ pub enum Mode {
 }
 
 /// The modes of one workload after all scopes were weighed: the narrowest won.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct PeerAuthentication {
     /// The mode of every port without one of its own.
     pub mode: Mode,

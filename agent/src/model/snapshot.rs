@@ -5,13 +5,18 @@
 //! are persistent, so that a copy shares all but what changed, and two snapshots' destination tables are compared in a time
 //! that grows with their difference.
 
+mod policies;
+
+use std::borrow::Borrow;
+use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::{Authorization, Mode, Scope, Service, TrustDomain, Workload};
+use self::policies::Policies;
+use super::{Applicable, Authorization, Mode, Service, TrustDomain, Workload};
 
 /// The state of the mesh at one moment.
 #[derive(Clone, Debug)]
@@ -21,16 +26,14 @@ pub struct Snapshot {
     default_deny: bool,
     cluster_ranges: Arc<[IpNet]>,
     synced: bool,
-    workloads: imbl::HashMap<Arc<str>, Arc<Workload>>,
-    workload_by_address: imbl::HashMap<IpAddr, Arc<Workload>>,
-    services: imbl::HashMap<Arc<str>, Arc<Service>>,
-    service_by_address: imbl::HashMap<IpAddr, Arc<Service>>,
-    endpoints: imbl::HashMap<Arc<str>, Arc<Endpoints>>,
-    members: imbl::HashMap<Arc<str>, imbl::OrdSet<Arc<str>>>,
+    workloads: imbl::OrdSet<ByUid>,
+    workload_by_address: imbl::OrdMap<IpAddr, Arc<Workload>>,
+    services: imbl::OrdMap<Arc<str>, Arc<Service>>,
+    service_by_address: imbl::OrdMap<IpAddr, Arc<Service>>,
+    endpoints: imbl::OrdMap<Arc<str>, Arc<Endpoints>>,
+    members: imbl::OrdMap<Arc<str>, Members>,
     local: imbl::OrdMap<Arc<str>, Arc<Workload>>,
-    policies: imbl::HashMap<Arc<str>, Arc<Authorization>>,
-    global_policies: imbl::OrdSet<Arc<str>>,
-    namespace_policies: imbl::HashMap<Arc<str>, imbl::OrdSet<Arc<str>>>,
+    policies: Policies,
     destinations: imbl::OrdMap<(IpAddr, u16), Destination>,
 }
 
@@ -45,11 +48,15 @@ pub enum Destination {
     Refuse,
 }
 
+/// The workloads that name a service, in the order of their UIDs.
+type Members = Arc<Vec<Arc<Workload>>>;
+
 /// The workloads behind a service.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Endpoints {
     /// Those that a new connection may go to: ready, unless the service takes others too, and on this node where it asks for that.
-    pub ready: Vec<Arc<Workload>>,
+    /// In the order of their UIDs.
+    pub ready: Members,
     /// Whether any of them, ready or not, is in the mesh.
     pub any_enrolled: bool,
     /// How many there are, ready or not.
@@ -63,6 +70,36 @@ pub struct Edit {
     stale_services: BTreeSet<Arc<str>>,
 }
 
+/// A workload, found by its UID alone.
+#[derive(Clone, Debug)]
+struct ByUid(Arc<Workload>);
+
+impl Borrow<str> for ByUid {
+    fn borrow(&self) -> &str {
+        &self.0.uid
+    }
+}
+
+impl Ord for ByUid {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.0.uid.cmp(&other.0.uid)
+    }
+}
+
+impl PartialOrd for ByUid {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for ByUid {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.uid == other.0.uid
+    }
+}
+
+impl Eq for ByUid {}
+
 impl Snapshot {
     /// The state of a node that has heard nothing yet.
     #[must_use]
@@ -73,16 +110,14 @@ impl Snapshot {
             default_deny: false,
             cluster_ranges: Arc::default(),
             synced: false,
-            workloads: imbl::HashMap::new(),
-            workload_by_address: imbl::HashMap::new(),
-            services: imbl::HashMap::new(),
-            service_by_address: imbl::HashMap::new(),
-            endpoints: imbl::HashMap::new(),
-            members: imbl::HashMap::new(),
+            workloads: imbl::OrdSet::new(),
+            workload_by_address: imbl::OrdMap::new(),
+            services: imbl::OrdMap::new(),
+            service_by_address: imbl::OrdMap::new(),
+            endpoints: imbl::OrdMap::new(),
+            members: imbl::OrdMap::new(),
             local: imbl::OrdMap::new(),
-            policies: imbl::HashMap::new(),
-            global_policies: imbl::OrdSet::new(),
-            namespace_policies: imbl::HashMap::new(),
+            policies: Policies::default(),
             destinations: imbl::OrdMap::new(),
         }
     }
@@ -126,7 +161,7 @@ impl Snapshot {
     /// The workload of this UID.
     #[must_use]
     pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
-        self.workloads.get(uid)
+        self.workloads.get(uid).map(|ByUid(workload)| workload)
     }
 
     /// The workload at this address. Pods on the host's network are found by none.
@@ -160,7 +195,7 @@ impl Snapshot {
 
     /// All workloads, in no order.
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
-        self.workloads.values()
+        self.workloads.iter().map(|ByUid(workload)| workload)
     }
 
     /// All services, in no order.
@@ -170,30 +205,20 @@ impl Snapshot {
 
     /// All authorization policies, in no order.
     pub fn policies(&self) -> impl Iterator<Item = &Arc<Authorization>> {
-        self.policies.values()
+        self.policies.all().values()
     }
 
     /// The authorization policies that apply to `workload`. The second value names the policies that select it but have not
     /// arrived: until they do, no decision can be made.
     #[must_use]
-    pub fn policies_for(&self, workload: &Workload) -> (Vec<Arc<Authorization>>, Vec<Arc<str>>) {
-        let in_namespace = self.namespace_policies.get(workload.identity.namespace());
-        let keys = self.global_policies.iter().chain(in_namespace.into_iter().flatten());
-        let mut found: Vec<_> = keys.filter_map(|key| self.policies.get(key).cloned()).collect();
-        let mut missing = Vec::new();
-        for key in &workload.authorization_policies {
-            match self.policies.get(key) {
-                Some(policy) => found.push(Arc::clone(policy)),
-                None => missing.push(Arc::clone(key)),
-            }
-        }
-        (found, missing)
+    pub fn policies_for(&self, workload: &Workload) -> (Applicable, Vec<Arc<str>>) {
+        self.policies.applying_to(workload)
     }
 
     /// Whether authorization is for every workload as it is in `other`, as far as can be told without looking at each policy.
     #[must_use]
     pub fn same_policies(&self, other: &Self) -> bool {
-        self.default_deny == other.default_deny && self.policies.ptr_eq(&other.policies)
+        self.default_deny == other.default_deny && self.policies.all().ptr_eq(other.policies.all())
     }
 
     /// What the kernel should do with each address and port; port 0 stands for every port without an entry of its own.
@@ -216,6 +241,18 @@ impl Edit {
         self.snapshot.default_deny = default_deny;
     }
 
+    /// The workload of this UID, as the changes leave it.
+    #[must_use]
+    pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
+        self.snapshot.workload(uid)
+    }
+
+    /// The mesh's own trust domain, as the changes leave it.
+    #[must_use]
+    pub fn trust_domain(&self) -> Option<&TrustDomain> {
+        self.snapshot.trust_domain()
+    }
+
     /// Adds a workload, or replaces the one of the same UID.
     pub fn upsert_workload(&mut self, workload: Workload) {
         self.remove_workload(&Arc::clone(&workload.uid));
@@ -227,24 +264,31 @@ impl Edit {
                 state.workload_by_address.insert(*address, Arc::clone(&workload));
             }
         }
-        for service in workload.services.keys() {
-            state.members.entry(Arc::clone(service)).or_default().insert(Arc::clone(&uid));
+        for (service, _) in workload.services.iter() {
+            let members = Arc::make_mut(state.members.entry(Arc::clone(service)).or_default());
+            match place_of(members, &uid) {
+                Ok(place) => members[place] = Arc::clone(&workload),
+                Err(place) => members.insert(place, Arc::clone(&workload)),
+            }
             self.stale_services.insert(Arc::clone(service));
         }
         for (key, destination) in workload_destinations(&workload) {
             state.destinations.insert(key, destination);
         }
         if workload.node == state.node {
+            state.policies.select(&workload);
             state.local.insert(Arc::clone(&uid), Arc::clone(&workload));
         }
-        state.workloads.insert(uid, workload);
+        state.workloads.insert(ByUid(workload));
     }
 
     /// Removes the workload of this UID, if there is one.
     pub fn remove_workload(&mut self, uid: &str) {
         let state = &mut self.snapshot;
-        let Some(workload) = state.workloads.remove(uid) else { return };
-        state.local.remove(uid);
+        let Some(ByUid(workload)) = state.workloads.remove(uid) else { return };
+        if state.local.remove(uid).is_some() {
+            state.policies.deselect(uid);
+        }
         for address in &workload.addresses {
             // Another workload may have taken the address over before this one was told to be gone.
             if state.workload_by_address.get(address).is_some_and(|owner| owner.uid == workload.uid) {
@@ -254,9 +298,14 @@ impl Edit {
                 }
             }
         }
-        for service in workload.services.keys() {
-            if let Some(members) = state.members.get_mut(service) {
-                members.remove(uid);
+        for (service, _) in workload.services.iter() {
+            if let Some(members) = state.members.get_mut(service)
+                && let Ok(place) = place_of(members, uid)
+            {
+                Arc::make_mut(members).remove(place);
+                if members.is_empty() {
+                    state.members.remove(service);
+                }
             }
             self.stale_services.insert(Arc::clone(service));
         }
@@ -266,6 +315,8 @@ impl Edit {
     pub fn upsert_service(&mut self, service: Service) {
         let key = service.key();
         self.remove_service(&key);
+        // One text for all that name the service.
+        let key = self.snapshot.members.get_key_value(&key).map_or(key, |(named, _)| Arc::clone(named));
         let service = Arc::new(service);
         for address in &service.addresses {
             self.snapshot.service_by_address.insert(*address, Arc::clone(&service));
@@ -291,36 +342,12 @@ impl Edit {
 
     /// Adds an authorization policy, or replaces the one of the same key.
     pub fn upsert_policy(&mut self, policy: Authorization) {
-        let key = policy.key();
-        self.remove_policy(&key);
-        let state = &mut self.snapshot;
-        match policy.scope {
-            Scope::Global => drop(state.global_policies.insert(Arc::clone(&key))),
-            Scope::Namespace => {
-                let policies = state.namespace_policies.entry(Arc::clone(&policy.namespace)).or_default();
-                policies.insert(Arc::clone(&key));
-            }
-            Scope::WorkloadSelector => {}
-        }
-        state.policies.insert(key, Arc::new(policy));
+        self.snapshot.policies.upsert(policy);
     }
 
     /// Removes the policy of this key (`namespace/name`), if there is one.
     pub fn remove_policy(&mut self, key: &str) {
-        let state = &mut self.snapshot;
-        let Some(policy) = state.policies.remove(key) else { return };
-        state.global_policies.remove(key);
-        if let Some(policies) = state.namespace_policies.get_mut(&policy.namespace) {
-            policies.remove(key);
-        }
-    }
-
-    /// The keys of everything held, for a full answer that leaves out what is gone: workload UIDs, service keys, policy keys.
-    #[must_use]
-    pub fn keys(&self) -> [Vec<Arc<str>>; 3] {
-        let state = &self.snapshot;
-        let all = |keys: &mut dyn Iterator<Item = &Arc<str>>| keys.cloned().collect();
-        [all(&mut state.workloads.keys()), all(&mut state.services.keys()), all(&mut state.policies.keys())]
+        self.snapshot.policies.remove(key);
     }
 
     /// Works out what depends on several objects, and gives the new state.
@@ -345,18 +372,29 @@ impl Edit {
 }
 
 impl Snapshot {
+    /// In a time that grows with the service alone.
     fn gather_endpoints(&self, service: &Service, key: &str) -> Endpoints {
-        let mut endpoints = Endpoints::default();
-        for uid in self.members.get(key).into_iter().flatten() {
-            let Some(workload) = self.workloads.get(uid).filter(|workload| !workload.addresses.is_empty()) else { continue };
-            endpoints.total += 1;
-            endpoints.any_enrolled |= workload.enrolled();
-            if (workload.healthy || service.unready_too) && (!service.node_local || workload.node == self.node) {
-                endpoints.ready.push(Arc::clone(workload));
-            }
+        let members = self.members.get(key).cloned().unwrap_or_default();
+        let placed = || members.iter().filter(|workload| !workload.addresses.is_empty());
+        let ready = |workload: &&Arc<Workload>| {
+            (workload.healthy || service.unready_too) && (!service.node_local || workload.node == self.node)
+        };
+        let count = placed().filter(ready).count();
+        Endpoints {
+            ready: if count == members.len() {
+                Arc::clone(&members)
+            } else {
+                Arc::new(placed().filter(ready).cloned().collect())
+            },
+            any_enrolled: placed().any(|workload| workload.enrolled()),
+            total: placed().count(),
         }
-        endpoints
     }
+}
+
+/// Where the workload of this UID is among others, or would be.
+fn place_of(members: &[Arc<Workload>], uid: &str) -> Result<usize, usize> {
+    members.binary_search_by(|member| (*member.uid).cmp(uid))
 }
 
 impl Endpoints {

@@ -1,22 +1,24 @@
 //! Workloads and services as the mesh sees them.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
+use std::ops::Deref;
 use std::sync::Arc;
 
 use super::{Mode, PeerAuthentication, SpiffeId};
 
-/// A pod as the mesh sees it.
+/// A pod as the mesh sees it. What many pods have in common is shared by all of them: an agent knows the whole mesh.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
     /// Unique in the mesh: `<cluster>//Pod/<namespace>/<name>`.
     pub uid: Arc<str>,
     /// The pod's name.
-    pub name: Arc<str>,
+    pub name: TextEnd,
     /// Who the workload is; also its namespace and service account.
     pub identity: SpiffeId,
-    /// The pod's addresses, at most one a family. Never IPv4-mapped.
-    pub addresses: Vec<IpAddr>,
+    /// The pod's addresses. Never IPv4-mapped.
+    pub addresses: PodAddresses,
     /// The node it runs on.
     pub node: Arc<str>,
     /// How its agent is to be spoken to.
@@ -25,21 +27,46 @@ pub struct Workload {
     pub host_network: bool,
     /// The pod is ready to serve.
     pub healthy: bool,
-    /// The name of what made the pod (a Deployment's, say), for telemetry.
-    pub workload_name: Arc<str>,
-    /// The kind of what made the pod, for telemetry.
-    pub workload_type: WorkloadType,
-    /// The canonical service's name, for telemetry.
-    pub canonical_name: Arc<str>,
-    /// The canonical service's revision, for telemetry.
-    pub canonical_revision: Arc<str>,
-    /// The services that it serves, by `namespace/hostname`, with this pod's own target ports.
-    pub services: BTreeMap<Arc<str>, Vec<PortMapping>>,
+    /// What telemetry calls it.
+    pub telemetry: Arc<TelemetryNames>,
+    /// The services that it serves.
+    pub services: Arc<ServedPorts>,
     /// Keys (`namespace/name`) of the authorization policies that select it by labels.
-    pub authorization_policies: Vec<Arc<str>>,
+    pub authorization_policies: Arc<Vec<Arc<str>>>,
     /// What its ports accept.
-    pub peer_authentication: PeerAuthentication,
+    pub peer_authentication: Arc<PeerAuthentication>,
 }
+
+/// A text that is the end of another, which is kept once for both: as a pod's name is of its UID.
+#[derive(Clone)]
+pub struct TextEnd {
+    whole: Arc<str>,
+    start: u32,
+}
+
+/// What telemetry calls a workload.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct TelemetryNames {
+    /// The name of what made the pod (a Deployment's, say).
+    pub workload: Arc<str>,
+    /// The kind of what made the pod.
+    pub workload_type: WorkloadType,
+    /// The canonical service's name.
+    pub canonical_name: Arc<str>,
+    /// The canonical service's revision.
+    pub canonical_revision: Arc<str>,
+}
+
+/// The addresses of a pod: at most one a family, so at most two.
+#[derive(Clone, Copy)]
+pub struct PodAddresses {
+    places: [IpAddr; 2],
+    count: u8,
+}
+
+/// The services that a workload serves, by `namespace/hostname`, with its own target ports. In the order of the keys.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ServedPorts(Box<[(Arc<str>, Box<[PortMapping]>)]>);
 
 /// How a workload's agent is to be spoken to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -115,8 +142,131 @@ impl Workload {
     /// The port behind `service_port` of the service `key`, if the workload serves it.
     #[must_use]
     pub fn target_port(&self, key: &str, service_port: u16) -> Option<u16> {
-        let ports = self.services.get(key)?;
+        let ports = self.services.of(key)?;
         ports.iter().find(|mapping| mapping.service_port == service_port).map(|mapping| mapping.target_port)
+    }
+}
+
+impl TextEnd {
+    /// The text `end`, shared with `whole` if that ends so.
+    #[must_use]
+    pub fn of(whole: &Arc<str>, end: &str) -> Self {
+        let start = whole.ends_with(end).then(|| u32::try_from(whole.len() - end.len()).ok()).flatten();
+        start.map_or_else(|| end.into(), |start| Self { whole: Arc::clone(whole), start })
+    }
+}
+
+impl From<&str> for TextEnd {
+    fn from(text: &str) -> Self {
+        Self { whole: text.into(), start: 0 }
+    }
+}
+
+impl Deref for TextEnd {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.whole[self.start as usize..]
+    }
+}
+
+impl PartialEq for TextEnd {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
+impl Eq for TextEnd {}
+
+impl fmt::Display for TextEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self)
+    }
+}
+
+impl fmt::Debug for TextEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&**self, f)
+    }
+}
+
+impl PodAddresses {
+    /// Adds an address.
+    ///
+    /// # Errors
+    /// The address, if there is one of its family already.
+    pub fn add(&mut self, address: IpAddr) -> Result<(), IpAddr> {
+        if self.iter().any(|other| other.is_ipv4() == address.is_ipv4()) {
+            return Err(address);
+        }
+        self.places[usize::from(self.count)] = address;
+        self.count += 1;
+        Ok(())
+    }
+}
+
+impl From<IpAddr> for PodAddresses {
+    fn from(address: IpAddr) -> Self {
+        Self { places: [address; 2], count: 1 }
+    }
+}
+
+impl PartialEq for PodAddresses {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
+impl Eq for PodAddresses {}
+
+impl Default for PodAddresses {
+    fn default() -> Self {
+        Self { places: [IpAddr::V4(Ipv4Addr::UNSPECIFIED); 2], count: 0 }
+    }
+}
+
+impl Deref for PodAddresses {
+    type Target = [IpAddr];
+
+    fn deref(&self) -> &[IpAddr] {
+        &self.places[..usize::from(self.count)]
+    }
+}
+
+impl fmt::Debug for PodAddresses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.iter()).finish()
+    }
+}
+
+impl<'a> IntoIterator for &'a PodAddresses {
+    type Item = &'a IpAddr;
+    type IntoIter = std::slice::Iter<'a, IpAddr>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
+impl ServedPorts {
+    /// The ports of one service.
+    #[must_use]
+    pub fn of(&self, service: &str) -> Option<&[PortMapping]> {
+        let place = self.0.binary_search_by(|(key, _)| (**key).cmp(service)).ok()?;
+        self.0.get(place).map(|(_, ports)| &**ports)
+    }
+
+    /// Every service's key and ports.
+    pub fn iter(&self) -> impl Iterator<Item = (&Arc<str>, &[PortMapping])> {
+        self.0.iter().map(|(key, ports)| (key, &**ports))
+    }
+}
+
+/// Of several with one key the last counts.
+impl FromIterator<(Arc<str>, Box<[PortMapping]>)> for ServedPorts {
+    fn from_iter<I: IntoIterator<Item = (Arc<str>, Box<[PortMapping]>)>>(services: I) -> Self {
+        let services: BTreeMap<_, _> = services.into_iter().collect();
+        Self(services.into_iter().collect())
     }
 }
 

@@ -130,7 +130,7 @@ mod tests {
     #[test]
     fn a_pod_of_the_mesh_is_tunnelled_to_and_a_disabled_port_is_not() {
         let modes = PeerAuthentication { mode: Mode::Permissive, ports: [(81, Mode::Disable)].into() };
-        let snapshot = with([Workload { peer_authentication: modes, ..pod("you", "10.0.0.1") }], []);
+        let snapshot = with([Workload { peer_authentication: modes.into(), ..pod("you", "10.0.0.1") }], []);
         assert_eq!(target(routed(&snapshot, "10.0.0.1:80")), ("tunnel", "10.0.0.1:80".into()));
         assert_eq!(target(routed(&snapshot, "10.0.0.1:81")), ("passthrough", "10.0.0.1:81".into()));
     }

@@ -6,7 +6,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crate::model::{Action, Authorization, Clause, Flow, IpBlock, Match, Rule, ServiceAccountMatch, StringMatch, Verdict};
+use crate::model::{Action, Applicable, Clause, Flow, IpBlock, Match, Rule, ServiceAccountMatch, StringMatch, Verdict};
 
 /// A verdict with its reason and its side effects.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,25 +43,19 @@ pub enum Cause {
 ///
 /// `missing` names policies that apply too but have not been received. `default_deny` decides where no ALLOW policy applies.
 #[must_use]
-pub fn evaluate(flow: &Flow, policies: &[Arc<Authorization>], missing: &[Arc<str>], default_deny: bool) -> Evaluation {
+pub fn evaluate(flow: &Flow, policies: &Applicable, missing: &[Arc<str>], default_deny: bool) -> Evaluation {
     let source = Source::of(flow);
-    let (mut denied, mut allowed, mut allow_applies) = (None, None, false);
+    let (mut denied, mut allowed) = (None, None);
     let (mut dry_run, mut dry_allows, mut audited) = (Vec::new(), Vec::new(), Vec::new());
-    for policy in policies {
+    for policy in policies.candidates(flow) {
         let matches = policy.rules.iter().any(|rule| rule.matches(&source));
         match (policy.action, policy.dry_run) {
             (Action::Deny, false) if matches && denied.is_none() => denied = Some(policy.key()),
-            (Action::Deny, false) => {}
-            (Action::Allow, false) => {
-                allow_applies = true;
-                if matches && allowed.is_none() {
-                    allowed = Some(policy.key());
-                }
-            }
+            (Action::Allow, false) if matches && allowed.is_none() => allowed = Some(policy.key()),
             (Action::Audit, false) if matches => audited.push(policy.key()),
             (Action::Allow, true) => dry_allows.push((policy, matches)),
             (Action::Deny | Action::Audit, true) if matches => dry_run.push((policy.key(), policy.action)),
-            (Action::Deny | Action::Audit, _) => {}
+            (Action::Deny | Action::Allow | Action::Audit, _) => {}
         }
     }
     let some_allow = allowed.is_some() || dry_allows.iter().any(|(_, matches)| *matches);
@@ -74,7 +68,7 @@ pub fn evaluate(flow: &Flow, policies: &[Arc<Authorization>], missing: &[Arc<str
         (Some(key), _, _) => (Cause::PolicyNotReceived, Verdict::Deny { by: Some(Arc::clone(key)) }),
         (None, Some(key), _) => (Cause::DenyMatched, Verdict::Deny { by: Some(key) }),
         (None, None, Some(key)) => (Cause::AllowMatched, Verdict::Allow { by: Some(key) }),
-        (None, None, None) if allow_applies => (Cause::NoAllowMatched, Verdict::Deny { by: None }),
+        (None, None, None) if policies.has_allow() => (Cause::NoAllowMatched, Verdict::Deny { by: None }),
         (None, None, None) if default_deny => (Cause::DeniedByDefault, Verdict::Deny { by: None }),
         (None, None, None) => (Cause::AllowedByDefault, Verdict::Allow { by: None }),
     };

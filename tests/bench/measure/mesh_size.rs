@@ -8,13 +8,15 @@ use anyhow::{Context as _, Result};
 
 use harness::{Mesh, eventually_within};
 
-use crate::cpu::resident;
+use crate::cpu::{most_resident, resident};
 use crate::interrupt;
+use crate::measure::memory::STARTED;
 use crate::measure::{Scale, Values};
 use crate::metrics;
 
-/// How many workloads, and the keys of what the agent holds with them and of how long it takes to know them.
-const SIZES: [(usize, [&str; 2]); 2] = [(10_000, ["held_10000", "ready_10000"]), (200_000, ["held_200000", "ready_200000"])];
+/// How many workloads, and the keys of what the agent holds with them, of what it held at most, and of how long it takes to know them.
+const SIZES: [(usize, [&str; 3]); 2] =
+    [(10_000, ["held_10000", "peak_10000", "ready_10000"]), (200_000, ["held_200000", "peak_200000", "ready_200000"])];
 /// Workloads for each service, and in each file of manifests.
 const A_SERVICE: usize = 10;
 const A_FILE: usize = 10_000;
@@ -26,7 +28,7 @@ pub(super) fn measure(scale: Scale) -> Result<Values> {
     let mut mesh = Mesh::start();
     let mut values = Vec::new();
     let mut written = 0;
-    for (size, [held, ready]) in SIZES.into_iter().filter(|(size, _)| *size <= scale.most_workloads) {
+    for (size, [held, peak, ready]) in SIZES.into_iter().filter(|(size, _)| *size <= scale.most_workloads) {
         mesh.kill_agent(NODE);
         mesh.kill_controller();
         for first in (written..size).step_by(A_FILE) {
@@ -43,7 +45,8 @@ pub(super) fn measure(scale: Scale) -> Result<Values> {
         interrupt::check()?;
         values.push((ready, begun.elapsed().as_secs_f64()));
         let agent = mesh.agent_process(NODE).context("the agent has ended")?;
-        values.push((held, resident(agent)? / 1e6));
+        std::thread::sleep(STARTED);
+        values.extend([(held, resident(agent)? / 1e6), (peak, most_resident(agent)? / 1e6)]);
     }
     Ok(values)
 }

@@ -141,8 +141,10 @@ pub(crate) const ROWS: &[Row] = &[
         paths: &[Path::Culvert],
         figures: &[
             Figure::less("held_10000", "10,000 workloads, an agent holds", MB),
+            Figure::less("peak_10000", "  at most, while it starts", MB),
             Figure::less("ready_10000", "  from start to ready", "s"),
             Figure::less("held_200000", "200,000 workloads, an agent holds", MB).goal(Value(150.0)),
+            Figure::less("peak_200000", "  at most, while it starts", MB),
             Figure::less("ready_200000", "  from start to ready", "s").goal(Value(2.0)),
         ],
     },

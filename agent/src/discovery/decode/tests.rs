@@ -18,7 +18,7 @@ fn a_pod_becomes_a_workload() {
         panic!("a legal pod")
     };
     assert_eq!(workload.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/cart");
-    assert_eq!(workload.addresses, ["10.0.0.1", "fd00::1"].map(|text| text.parse::<IpAddr>().expect("legal")));
+    assert_eq!(*workload.addresses, ["10.0.0.1", "fd00::1"].map(|text| text.parse::<IpAddr>().expect("legal")));
     assert_eq!(
         (workload.peer_authentication.mode_of(1), workload.peer_authentication.mode_of(8080)),
         (Mode::Strict, Mode::Disable)
@@ -34,7 +34,7 @@ fn what_a_pod_leaves_out_has_its_documented_meaning() {
     message.addresses = vec![[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 0, 0, 7].to_vec()];
     let Ok(Decoded::Workload { workload, .. }) = decode_address(&pod_resource(message)) else { panic!("a legal pod") };
     assert_eq!(workload.identity.service_account(), "default");
-    assert_eq!(workload.addresses, [IpAddr::from([10, 0, 0, 7])], "an IPv4-mapped address is the IPv4 address");
+    assert_eq!(*workload.addresses, [IpAddr::from([10, 0, 0, 7])], "an IPv4-mapped address is the IPv4 address");
     let mut message = pod("a", [10, 0, 0, 1]);
     message.trust_domain = "elsewhere".to_owned();
     let Ok(Decoded::Workload { workload, implicit_domain: false }) = decode_address(&pod_resource(message)) else {
@@ -216,7 +216,7 @@ proptest::proptest! {
 }
 
 fn decode_address(resource: &Resource) -> Result<Decoded, DecodeError> {
-    address(resource, ADDRESS_TYPE, &"cluster.local".parse().expect("legal"))
+    address(resource, ADDRESS_TYPE, &"cluster.local".parse().expect("legal"), &mut Shared::default())
 }
 
 fn policy_with(condition: security::Match) -> security::Authorization {

@@ -1,5 +1,7 @@
 //! Responses applied one after the other, and the state that they make.
 
+mod scale;
+
 use super::super::fixture::{mesh_resource, pod, pod_resource, policy_resource, response, service, service_resource, uid};
 use super::*;
 use crate::proto::security;
@@ -12,7 +14,7 @@ fn the_state_is_synced_when_the_last_part_of_every_type_is_in() {
     let mut part = response(ADDRESS_TYPE, vec![pod_resource(pod("a", [10, 0, 0, 1]))], &[]);
     part.system_version_info = PARTIAL.to_owned();
     mirror.apply(Kind::Address, &part, |_| false);
-    assert!(mirror.snapshot().workload(&uid("a")).is_some() && !mirror.snapshot().synced());
+    assert!(mirror.snapshot().workload(&uid("a")).is_none() && !mirror.snapshot().synced());
     apply(&mut mirror, Kind::Address, vec![pod_resource(pod("b", [10, 0, 0, 2]))], &[]);
     assert!(mirror.snapshot().synced() && mirror.snapshot().default_deny());
     assert_eq!(mirror.snapshot().workloads().count(), 2);

@@ -154,8 +154,10 @@ async fn an_absent_address_is_certain_only_by_the_controllers_word() {
 async fn the_cause_of_a_lost_controller_is_told_in_words() {
     let mut plane = ControlPlane::start().await;
     let words = |error: StreamError| in_words(&error);
-    let open =
-        |endpoint: ControllerEndpoint| async move { super::open(endpoint, Vec::new()).await.map(drop).expect_err("refused") };
+    let open = |endpoint: ControllerEndpoint| async move {
+        let opened = async { super::open(&endpoint, connect(&endpoint).await?, Vec::new()).await };
+        opened.await.map(drop).expect_err("refused")
+    };
     let root = plane.server.directory.path().join("other-root.pem");
     std::fs::write(&root, TestAuthority::new("other").root_pem()).expect("written");
     let error = open(plane.server.endpoint_with(&root, &plane.server.token)).await;

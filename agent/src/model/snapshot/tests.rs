@@ -1,7 +1,7 @@
-use std::collections::BTreeMap;
-
 use super::*;
-use crate::model::{Action, PeerAuthentication, PortMapping, SpiffeId, TunnelProtocol, WorkloadType};
+use crate::model::{
+    Action, Authorization, Flow, PeerAuthentication, PortMapping, Rule, Scope, ServedPorts, SpiffeId, TunnelProtocol,
+};
 
 /// A ready pod of the mesh at `address`, on node `n1`.
 pub(crate) fn pod(name: &str, address: &str) -> Workload {
@@ -10,25 +10,23 @@ pub(crate) fn pod(name: &str, address: &str) -> Workload {
         uid: format!("Kubernetes//Pod/a/{name}").into(),
         name: name.into(),
         identity: SpiffeId::new(trust_domain, "a", name).unwrap(),
-        addresses: vec![address.parse().unwrap()],
+        addresses: address.parse::<IpAddr>().unwrap().into(),
         node: "n1".into(),
         protocol: TunnelProtocol::Hbone,
         host_network: false,
         healthy: true,
-        workload_name: name.into(),
-        workload_type: WorkloadType::Pod,
-        canonical_name: name.into(),
-        canonical_revision: "latest".into(),
-        services: BTreeMap::new(),
-        authorization_policies: Vec::new(),
-        peer_authentication: PeerAuthentication::default(),
+        telemetry: Arc::default(),
+        services: Arc::default(),
+        authorization_policies: Arc::default(),
+        peer_authentication: Arc::default(),
     }
 }
 
 /// A pod that serves `shop/web:80` on port 8080.
 pub(crate) fn backend(name: &str, address: &str) -> Workload {
-    let ports = vec![PortMapping { service_port: 80, target_port: 8080 }];
-    Workload { services: [("a/web.a.svc.cluster.local".into(), ports)].into(), ..pod(name, address) }
+    let ports: Box<[_]> = [PortMapping { service_port: 80, target_port: 8080 }].into();
+    let services: ServedPorts = [("a/web.a.svc.cluster.local".into(), ports)].into_iter().collect();
+    Workload { services: services.into(), ..pod(name, address) }
 }
 
 /// The service `web` at 10.96.0.1:80.
@@ -66,7 +64,7 @@ fn a_pod_of_the_mesh_is_captured_and_another_passes() {
 
 #[test]
 fn disabled_ports_pass_and_the_others_are_captured() {
-    let modes = |mode, port, own| PeerAuthentication { mode, ports: [(port, own)].into() };
+    let modes = |mode, port, own| PeerAuthentication { mode, ports: [(port, own)].into() }.into();
     let one = Workload { peer_authentication: modes(Mode::Strict, 81, Mode::Disable), ..pod("one", "10.0.0.1") };
     let two = Workload { peer_authentication: modes(Mode::Disable, 82, Mode::Strict), ..pod("two", "10.0.0.2") };
     let snapshot = with([one, two], []);
@@ -79,7 +77,7 @@ fn disabled_ports_pass_and_the_others_are_captured() {
 #[test]
 fn a_removed_pod_leaves_no_destination_behind() {
     let modes = PeerAuthentication { mode: Mode::Strict, ports: [(81, Mode::Disable)].into() };
-    let snapshot = with([Workload { peer_authentication: modes, ..pod("one", "10.0.0.1") }], []);
+    let snapshot = with([Workload { peer_authentication: modes.into(), ..pod("one", "10.0.0.1") }], []);
     let mut edit = snapshot.edit();
     edit.remove_workload("Kubernetes//Pod/a/one");
     assert!(edit.finish().destinations().is_empty());
@@ -140,7 +138,7 @@ fn policies_apply_by_scope_and_missing_ones_are_named() {
         scope,
         action: Action::Deny,
         dry_run: false,
-        rules: Vec::new(),
+        rules: vec![Rule::default()],
     };
     let mut edit = Snapshot::empty("n1").edit();
     edit.upsert_policy(policy("mesh", "istio-system", Scope::Global));
@@ -148,9 +146,35 @@ fn policies_apply_by_scope_and_missing_ones_are_named() {
     edit.upsert_policy(policy("elsewhere", "b", Scope::Namespace));
     edit.upsert_policy(policy("chosen", "a", Scope::WorkloadSelector));
     edit.upsert_policy(policy("other", "a", Scope::WorkloadSelector));
-    let snapshot = edit.finish();
-    let workload = Workload { authorization_policies: vec!["a/chosen".into(), "a/late".into()], ..pod("one", "10.0.0.1") };
-    let (found, missing) = snapshot.policies_for(&workload);
-    assert_eq!(found.iter().map(|policy| &*policy.name).collect::<Vec<_>>(), ["mesh", "here", "chosen"]);
-    assert_eq!(missing, ["a/late".into()]);
+    let workload = Workload { authorization_policies: vec!["a/chosen".into(), "a/late".into()].into(), ..pod("one", "10.0.0.1") };
+    let applying = |edit: Edit| {
+        let (found, missing) = edit.finish().policies_for(&workload);
+        let found: Vec<_> = found.candidates(&flow()).into_iter().map(|policy| policy.name.to_string()).collect();
+        (found, missing.iter().map(ToString::to_string).collect::<Vec<_>>())
+    };
+    let unknown = edit.finish();
+    let mut edit = unknown.edit();
+    edit.upsert_workload(workload.clone());
+    let known = edit.finish();
+    for snapshot in [&unknown, &known] {
+        let (found, missing) = applying(snapshot.edit());
+        assert_eq!((found, missing), (texts(&["mesh", "here", "chosen"]), texts(&["a/late"])));
+        let mut edit = snapshot.edit();
+        edit.upsert_policy(policy("late", "a", Scope::WorkloadSelector));
+        edit.remove_policy("istio-system/mesh");
+        edit.remove_policy("a/here");
+        edit.remove_policy("a/chosen");
+        assert_eq!(applying(edit), (texts(&["late"]), texts(&["a/chosen"])));
+    }
+    let mut edit = known.edit();
+    edit.upsert_workload(Workload { authorization_policies: vec!["a/other".into()].into(), ..workload.clone() });
+    assert_eq!(applying(edit).0, ["mesh", "here", "chosen"], "a workload is judged by the policies that it names itself");
+}
+
+fn texts(texts: &[&str]) -> Vec<String> {
+    texts.iter().map(ToString::to_string).collect()
+}
+
+fn flow() -> Flow {
+    Flow { source_identity: None, source: "10.0.0.9:4711".parse().unwrap(), destination: "10.0.0.1:80".parse().unwrap() }
 }

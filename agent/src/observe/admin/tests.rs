@@ -6,7 +6,7 @@ use crate::model::{Action, Authorization, CloseReason, Scope};
 async fn admin(observer: Observer) -> Serving {
     let mut edit = Snapshot::empty("node-a").edit();
     let mut stock = workload("store", "stock", "10.1.1.2");
-    stock.services.insert(service().key(), service().ports);
+    stock.services = Arc::new([(service().key(), service().ports.into())].into_iter().collect());
     edit.upsert_workload(stock);
     edit.upsert_workload(workload("shop", "cart", "10.1.0.1"));
     edit.upsert_service(service());

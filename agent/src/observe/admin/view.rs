@@ -72,7 +72,7 @@ fn workload(workload: &Workload) -> Value {
         "name": &*workload.name,
         "namespace": workload.identity.namespace(),
         "identity": workload.identity.to_string(),
-        "addresses": workload.addresses,
+        "addresses": *workload.addresses,
         "node": &*workload.node,
         "protocol": match workload.protocol {
             TunnelProtocol::None => "NONE",
@@ -80,15 +80,15 @@ fn workload(workload: &Workload) -> Value {
         },
         "host_network": workload.host_network,
         "healthy": workload.healthy,
-        "workload_name": &*workload.workload_name,
-        "workload_type": match workload.workload_type {
+        "workload_name": &*workload.telemetry.workload,
+        "workload_type": match workload.telemetry.workload_type {
             WorkloadType::Deployment => "deployment",
             WorkloadType::CronJob => "cronjob",
             WorkloadType::Pod => "pod",
             WorkloadType::Job => "job",
         },
-        "canonical_name": &*workload.canonical_name,
-        "canonical_revision": &*workload.canonical_revision,
+        "canonical_name": &*workload.telemetry.canonical_name,
+        "canonical_revision": &*workload.telemetry.canonical_revision,
         "services": services.collect::<serde_json::Map<_, _>>(),
         "authorization_policies": texts(&workload.authorization_policies),
         "mode": modes.mode.to_string(),

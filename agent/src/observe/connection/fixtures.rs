@@ -1,30 +1,31 @@
 //! A connection between two workloads, for tests.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::{ConnectionInfo, Direction, Security};
-use crate::model::{PeerAuthentication, PortMapping, Service, TunnelProtocol, Workload, WorkloadType};
+use crate::model::{PortMapping, Service, TelemetryNames, TunnelProtocol, Workload, WorkloadType};
 
 /// A pod `<name>-0` of the workload `<name>` in `namespace`.
 pub(crate) fn workload(namespace: &str, name: &str, address: &str) -> Workload {
     let identity = format!("spiffe://cluster.local/ns/{namespace}/sa/{name}");
     Workload {
         uid: format!("Kubernetes//Pod/{namespace}/{name}-0").into(),
-        name: format!("{name}-0").into(),
+        name: format!("{name}-0").as_str().into(),
         identity: identity.parse().expect("a legal identity"),
-        addresses: vec![address.parse().expect("an address")],
+        addresses: address.parse::<std::net::IpAddr>().expect("an address").into(),
         node: "node-a".into(),
         protocol: TunnelProtocol::Hbone,
         host_network: false,
         healthy: true,
-        workload_name: name.into(),
-        workload_type: WorkloadType::Deployment,
-        canonical_name: name.into(),
-        canonical_revision: "v1".into(),
-        services: BTreeMap::new(),
-        authorization_policies: vec![],
-        peer_authentication: PeerAuthentication::default(),
+        telemetry: Arc::new(TelemetryNames {
+            workload: name.into(),
+            workload_type: WorkloadType::Deployment,
+            canonical_name: name.into(),
+            canonical_revision: "v1".into(),
+        }),
+        services: Arc::default(),
+        authorization_policies: Arc::default(),
+        peer_authentication: Arc::default(),
     }
 }
 

@@ -42,7 +42,7 @@ fn places(compiled: &Compiled) -> Vec<(&str, &str)> {
 /// Who of `shop/cart`, `pay/bill` and a client without identity may connect from 10.1.2.3 to 10.9.8.7:80, and who to port 81.
 fn admitted(compiled: &Compiled) -> [bool; 6] {
     let id = |text: &str| -> Option<SpiffeId> { Some(format!("spiffe://cluster.local/ns/{text}").parse().unwrap()) };
-    let policies: Vec<_> = compiled.authorization.iter().cloned().map(Arc::new).collect();
+    let policies = compiled.authorization.iter().cloned().map(Arc::new).collect();
     let may = |source_identity: Option<SpiffeId>, port: u16| {
         let (source, destination) = ("10.1.2.3:4711".parse().unwrap(), ([10, 9, 8, 7], port).into());
         evaluate(&Flow { source_identity, source, destination }, &policies, &[], false).verdict.allowed()
@@ -387,7 +387,7 @@ fn contradicting_policies_of_one_scope_deny() {
     let (yes, no) = (policy("{rules: [{}]}"), policy("{action: DENY, rules: [{}]}"));
     let flow = Flow { source_identity: None, source: ([10, 0, 0, 1], 1).into(), destination: ([10, 0, 0, 2], 2).into() };
     for policies in [[yes.clone(), no.clone()], [no, yes]] {
-        let verdict = evaluate(&flow, &policies.map(Arc::new), &[], false).verdict;
+        let verdict = evaluate(&flow, &policies.into_iter().map(Arc::new).collect(), &[], false).verdict;
         assert_eq!(verdict, Verdict::Deny { by: Some("shop/p".into()) });
     }
 }

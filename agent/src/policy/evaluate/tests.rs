@@ -1,7 +1,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::Scope;
+use crate::model::snapshot::Edit;
+use crate::model::{Authorization, Scope, Snapshot, Workload};
 
 const CART: &str = "spiffe://cluster.local/ns/shop/sa/cart";
 
@@ -34,8 +35,7 @@ fn dry(policy: Authorization) -> Authorization {
 }
 
 fn ruling(policies: impl IntoIterator<Item = Authorization>, default_deny: bool) -> Evaluation {
-    let policies: Vec<_> = policies.into_iter().map(Arc::new).collect();
-    evaluate(&flow(Some(CART)), &policies, &[], default_deny)
+    evaluate(&flow(Some(CART)), &policies.into_iter().map(Arc::new).collect(), &[], default_deny)
 }
 
 fn allow(by: Option<&str>) -> Verdict {
@@ -226,9 +226,46 @@ fn audit_policies_are_counted_and_decide_nothing() {
 }
 
 #[test]
+fn of_ten_thousand_policies_only_those_for_the_source_are_looked_at() {
+    let allow = |number: usize, part: Match| Arc::new(policy(&format!("p{number}"), Action::Allow, vec![rule(part)]));
+    let client = |number| Match { principals: vec![exact(&format!("cluster.local/ns/n{number}/sa/a"))], ..Match::default() };
+    let kinds = |number: usize| match number % 4 {
+        0 => client(number),
+        1 => Match { namespaces: vec![exact(&format!("n{number}"))], ..Match::default() },
+        2 => Match { service_accounts: vec![account(&format!("n{number}"), "a")], ..Match::default() },
+        _ => Match { destination_ports: vec![10_000 + number as u16], ..Match::default() },
+    };
+    let mut edit = Snapshot::empty("n1").edit();
+    edit.upsert_workload(destination());
+    (0..10_000).for_each(|number| edit.upsert_policy(Authorization::clone(&allow(number, kinds(number)))));
+    let judged = |edit: Edit| {
+        let (policies, missing) = edit.finish().policies_for(&destination());
+        let flow = flow(Some(CART));
+        (policies.candidates(&flow).len(), evaluate(&flow, &policies, &missing, false).cause)
+    };
+    let snapshot = edit.finish();
+    assert_eq!(judged(snapshot.edit()), (0, Cause::NoAllowMatched));
+    let cart = Match { principals: vec![exact(CART.trim_start_matches("spiffe://"))], ..Match::default() };
+    let mut edit = snapshot.edit();
+    edit.upsert_policy(Authorization::clone(&allow(10_000, cart.clone())));
+    assert_eq!(judged(edit), (1, Cause::AllowMatched));
+    let mut edit = snapshot.edit();
+    edit.upsert_policy(Authorization { action: Action::Deny, ..Authorization::clone(&allow(0, cart)) });
+    assert_eq!(judged(edit), (1, Cause::DenyMatched), "a policy that changes is found by what it says now");
+    let mut edit = snapshot.edit();
+    (0..10_000).for_each(|number| edit.remove_policy(&format!("shop/p{number}")));
+    assert_eq!(judged(edit), (0, Cause::AllowedByDefault));
+}
+
+fn destination() -> Workload {
+    let pod = crate::model::snapshot::tests::pod("web", "10.9.8.7");
+    Workload { identity: "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap(), ..pod }
+}
+
+#[test]
 fn a_policy_that_has_not_been_received_denies() {
     let missing = ["shop/late".into(), "shop/later".into()];
-    let allow_all = [Arc::new(policy("all", Action::Allow, everything()))];
+    let allow_all = [Arc::new(policy("all", Action::Allow, everything()))].into_iter().collect();
     let found = evaluate(&flow(Some(CART)), &allow_all, &missing, false);
     assert_eq!((found.verdict, found.cause), (deny(Some("shop/late")), Cause::PolicyNotReceived));
 }
@@ -281,6 +318,7 @@ fn any_string_match() -> impl Strategy<Value = StringMatch> {
     let text = || "[ab]{1,2}".prop_map(Arc::from);
     prop_oneof![
         text().prop_map(StringMatch::Exact),
+        "td/ns/[ab]/sa/[ab]".prop_map(|principal| exact(&principal)),
         text().prop_map(StringMatch::Prefix),
         text().prop_map(StringMatch::Suffix),
         Just(StringMatch::Presence)
@@ -321,6 +359,18 @@ fn any_policy() -> impl Strategy<Value = Authorization> {
     (action, any::<bool>(), rules).prop_map(|(action, dry_run, rules)| Authorization { dry_run, ..policy("p", action, rules) })
 }
 
+fn any_rule() -> impl Strategy<Value = Rule> {
+    let both = (any_field(), any_field(), any_field()).prop_map(|((one, _), (other, _), (_, unwanted))| Match {
+        namespaces: [one.namespaces, other.namespaces].concat(),
+        service_accounts: [one.service_accounts, other.service_accounts].concat(),
+        principals: [one.principals, other.principals].concat(),
+        destination_ports: [one.destination_ports, other.destination_ports].concat(),
+        ..unwanted
+    });
+    let clause = proptest::collection::vec(both, 0..3).prop_map(|matches| Clause { matches });
+    proptest::collection::vec(clause, 0..3).prop_map(|clauses| Rule { clauses })
+}
+
 proptest! {
     #[test]
     fn a_field_and_its_negation_never_agree(flow in any_flow(), (wanted, unwanted) in any_field()) {
@@ -341,13 +391,24 @@ proptest! {
         policies in proptest::collection::vec(any_policy().prop_map(Arc::new), 0..4),
         further in any_policy(),
     ) {
+        let more = policies.iter().cloned().chain([Arc::new(Authorization { action: Action::Deny, ..further })]).collect();
+        let policies = policies.into_iter().collect();
         let before = evaluate(&flow, &policies, &[], false);
-        let mut more = policies.clone();
-        more.push(Arc::new(Authorization { action: Action::Deny, ..further }));
         let after = evaluate(&flow, &more, &[], false);
         prop_assert!(before.verdict.allowed() || !after.verdict.allowed());
         prop_assert!(before.verdict.allowed() || !evaluate(&flow, &policies, &[], true).verdict.allowed());
         prop_assert!(!evaluate(&flow, &policies, &["shop/late".into()], false).verdict.allowed());
+    }
+
+    #[test]
+    fn a_policy_that_matches_is_never_left_out(
+        flow in any_flow(),
+        action in prop_oneof![Just(Action::Allow), Just(Action::Deny), Just(Action::Audit)],
+        rules in proptest::collection::vec(any_rule(), 0..3),
+    ) {
+        let matches = rules.iter().any(|rule| rule.matches(&Source::of(&flow)));
+        let one: Applicable = [Arc::new(policy("p", action, rules))].into_iter().collect();
+        prop_assert!(!matches || one.candidates(&flow).len() == 1);
     }
 
     #[test]
@@ -357,8 +418,8 @@ proptest! {
         default_deny in any::<bool>(),
     ) {
         let enforced = |policy: &&Arc<Authorization>| !policy.dry_run && policy.action != Action::Audit;
-        let only: Vec<_> = policies.iter().filter(enforced).cloned().collect();
-        let all = evaluate(&flow, &policies, &[], default_deny);
+        let only = policies.iter().filter(enforced).cloned().collect();
+        let all = evaluate(&flow, &policies.iter().cloned().collect(), &[], default_deny);
         prop_assert_eq!(all.verdict, evaluate(&flow, &only, &[], default_deny).verdict);
     }
 }

@@ -1,7 +1,7 @@
 use super::*;
 use crate::model::snapshot::Edit;
 use crate::model::snapshot::tests::pod;
-use crate::model::{Action, Authorization, PeerAuthentication, Rule, Scope, TunnelProtocol};
+use crate::model::{Action, Authorization, PeerAuthentication, PodAddresses, Rule, Scope, TunnelProtocol};
 
 const NODE: &str = "node-a";
 
@@ -10,8 +10,9 @@ fn ip(text: &str) -> IpAddr {
 }
 
 fn workload(name: &str, addresses: &[&str]) -> Workload {
-    let addresses = addresses.iter().map(|text| ip(text)).collect();
-    Workload { addresses, node: NODE.into(), ..pod(name, "10.0.0.1") }
+    let mut own = PodAddresses::default();
+    addresses.iter().for_each(|text| own.add(ip(text)).expect("one a family"));
+    Workload { addresses: own, node: NODE.into(), ..pod(name, "10.0.0.1") }
 }
 
 fn snapshot(change: impl FnOnce(&mut Edit)) -> Snapshot {
@@ -92,7 +93,7 @@ fn a_change_of_label_releases_and_leaves_alone() {
 fn a_change_of_mode_updates_and_a_change_of_identity_enrols_anew() {
     let pod = workload("a", &["10.0.0.1"]);
     let mut strict = pod.clone();
-    strict.peer_authentication.mode = Mode::Strict;
+    Arc::make_mut(&mut strict.peer_authentication).mode = Mode::Strict;
     let with = |pod: Workload| snapshot(|edit| edit.upsert_workload(pod));
     assert_eq!(step(&enrolled(&pod), &["10.0.0.1"], &with(strict.clone()), &[]), Step::Update(Arc::new(strict)));
     let other = Workload { identity: workload("z", &[]).identity, ..pod.clone() };
@@ -139,7 +140,7 @@ fn policy(scope: Scope) -> Authorization {
 
 fn admitted(mode: Mode, ports: &[(u16, Mode)], change: impl FnOnce(&mut Edit, &mut Workload)) -> Vec<(u16, Admission)> {
     let mut pod = workload("a", &["10.0.0.1"]);
-    pod.peer_authentication = PeerAuthentication { mode, ports: ports.iter().copied().collect() };
+    pod.peer_authentication = PeerAuthentication { mode, ports: ports.iter().copied().collect() }.into();
     let snapshot = snapshot(|edit| change(edit, &mut pod));
     admissions(&pod, &snapshot).into_iter().collect()
 }
@@ -167,7 +168,7 @@ fn plaintext_that_a_policy_judges_goes_to_the_agent() {
         admitted(Mode::Permissive, &[], |edit, _| edit.upsert_policy(policy(Scope::WorkloadSelector))),
         [(0, Admission::Pass)]
     );
-    let named = |pod: &mut Workload| pod.authorization_policies.push("a/p".into());
+    let named = |pod: &mut Workload| pod.authorization_policies = vec!["a/p".into()].into();
     assert_eq!(admitted(Mode::Disable, &[], |_, pod| named(pod)), steered);
     let deny = |edit: &mut Edit, _: &mut Workload| edit.set_mesh("td".parse().expect("a trust domain"), true, Arc::default());
     assert_eq!(admitted(Mode::Permissive, &[], deny), steered);
