@@ -204,7 +204,7 @@ impl Inbound {
             return self.observer.fail(&info, CloseReason::Overloaded, &GREEDY);
         };
         let _counted = self.observer.metrics().tunnel(Side::Server);
-        let peer = Peer { identity: accepted.source, addr: source, local, roots };
+        let peer = Peer { identity: accepted.source, expires: accepted.expires, addr: source, local, roots };
         match accepted.tunnel {
             Form::Hbone(tunnel) => Box::pin(self.hbone(pod, peer, tunnel, permits)).await,
             Form::Single(tunnel) => self.single(pod, peer, tunnel).await,
