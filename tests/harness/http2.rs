@@ -84,6 +84,9 @@ pub fn field(number: u8, value: &[u8]) -> Vec<u8> {
     field
 }
 
+/// The length of what precedes a gRPC message: whether it is compressed, and its length.
+pub const MESSAGE_HEAD: usize = 5;
+
 /// A gRPC message with its head.
 #[must_use]
 pub fn message(value: &[u8]) -> Vec<u8> {
@@ -137,7 +140,7 @@ pub fn unary(io: &mut (impl Read + Write), path: &str, token: Option<&str>, requ
                     body.extend(payload);
                 }
                 if head.flags & END_STREAM != 0 {
-                    return Ok(body.get(5..).map(<[u8]>::to_vec));
+                    return Ok(body.get(MESSAGE_HEAD..).map(<[u8]>::to_vec));
                 }
             }
             _ => {}
