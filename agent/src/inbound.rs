@@ -204,7 +204,7 @@ impl Inbound {
             self.observer.fail(&info, CloseReason::Overloaded, &GREEDY);
             return None;
         };
-        let peer = Peer { identity: accepted.source, addr: source, local, roots };
+        let peer = Peer { identity: accepted.source, expires: accepted.expires, addr: source, local, roots };
         Some((accepted.tunnel, peer, (share, self.observer.metrics().tunnel(Side::Server))))
     }
 

@@ -3,7 +3,9 @@
 mod authorization;
 mod churn;
 mod cluster;
+mod issuance;
 mod outages;
 mod probes;
+mod rights;
 mod start;
 mod ways;

@@ -12,7 +12,7 @@ use rustls::{ClientConnection, StreamOwned};
 use crate::forge::Credentials;
 use crate::http2;
 use crate::mesh::{Mesh, NODES};
-use crate::peer::client_config;
+use crate::peer::{self, client_config};
 
 /// A TLS connection of the attacker's.
 pub type Tls = StreamOwned<ClientConnection, TcpStream>;
@@ -34,20 +34,32 @@ impl Mesh {
     /// When the controller does not sign.
     #[must_use]
     pub fn credentials(&self, node: usize, identity: &str) -> Credentials {
-        let key = rcgen::KeyPair::generate().expect("a key");
-        let request = rcgen::CertificateParams::default().serialize_request(&key).expect("a request").pem().expect("PEM");
-        let asked = certificate_request(&request, identity);
-        let token = self.token(node);
-        let answer = self.node(node).run(move || {
-            let mut tls = connect(CONTROLLER, None, &[b"h2"]).expect("the controller listens");
-            http2::unary(&mut tls, CREATE_CERTIFICATE, Some(&token), &asked).expect("an answer").expect("a certificate")
-        });
-        // Of the answer nothing but the certificates matters, each of which is a text of its own.
-        let answer = String::from_utf8_lossy(&answer);
-        let texts = answer.split(BEGIN).skip(1).map(|text| format!("{BEGIN}{text}"));
-        let chain = texts.map(|text| CertificateDer::from_pem_slice(text.as_bytes()).expect("PEM")).collect();
-        Credentials { chain, key: PrivatePkcs8KeyDer::from(key.serialize_der()).into() }
+        let (token, identity) = (self.token(node), identity.to_owned());
+        self.node(node).run(move || ask(CONTROLLER, Some(&token), &identity, 0)).expect("a certificate")
     }
+}
+
+/// Asks a controller for a certificate for `identity` that lives so many seconds, or as long as the controller likes with 0, from the
+/// caller's namespace.
+///
+/// # Errors
+/// The status of the answer, as a number.
+///
+/// # Panics
+/// When there is no answer.
+pub fn ask(to: SocketAddr, token: Option<&str>, identity: &str, seconds: u8) -> Result<Credentials, String> {
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let request = rcgen::CertificateParams::default().serialize_request(&key).expect("a request").pem().expect("PEM");
+    let asked = certificate_request(&request, identity, seconds);
+    let answer = peer::request(to, CREATE_CERTIFICATE, token, &asked).expect("an answer");
+    if answer.status != "0" {
+        return Err(answer.status);
+    }
+    // Of the answer nothing but the certificates matters, each of which is a text of its own.
+    let answer = String::from_utf8_lossy(&answer.message);
+    let texts = answer.split(BEGIN).skip(1).map(|text| format!("{BEGIN}{text}"));
+    let chain = texts.map(|text| CertificateDer::from_pem_slice(text.as_bytes()).expect("PEM")).collect();
+    Ok(Credentials { chain, key: PrivatePkcs8KeyDer::from(key.serialize_der()).into() })
 }
 
 const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
@@ -58,13 +70,18 @@ pub const CREATE_CERTIFICATE: &str = "/istio.v1.auth.IstioCertificateService/Cre
 /// The path of the discovery service.
 pub const DISCOVERY: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 
-/// An `IstioCertificateRequest` for `identity`.
+/// An `IstioCertificateRequest` for `identity`, and for a life of so many seconds unless that is 0.
+///
+/// # Panics
+/// When the life is longer than a byte of protobuf can say.
 #[must_use]
-pub fn certificate_request(request: &str, identity: &str) -> Vec<u8> {
+pub fn certificate_request(request: &str, identity: &str, seconds: u8) -> Vec<u8> {
+    assert!(seconds < 128, "a life of {seconds} s");
     let value = http2::field(3, identity.as_bytes());
     let entry = [http2::field(1, b"ImpersonatedIdentity"), http2::field(2, &value)].concat();
     let metadata = http2::field(1, &entry);
-    [http2::field(1, request.as_bytes()), http2::field(4, &metadata)].concat()
+    let life = if seconds == 0 { Vec::new() } else { vec![3 << 3, seconds] };
+    [http2::field(1, request.as_bytes()), life, http2::field(4, &metadata)].concat()
 }
 
 /// Connects from the caller's namespace and shakes hands, whoever the server is. Both may take five seconds.

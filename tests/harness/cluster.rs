@@ -1,12 +1,14 @@
 //! A Kubernetes cluster that is up, as a test sees it: objects that are applied and waited for, pods that connect, what passes their nodes'
 //! links, and parts of it that are stopped. Which cluster: `KUBECONFIG`, as `cargo xtask test cluster` sets it.
 
+mod account;
 mod capture;
 mod culvert;
 mod disturb;
 mod pod;
 mod traffic;
 mod watch;
+mod way_in;
 
 use std::io::Write as _;
 use std::process::{Command, Output, Stdio};
@@ -14,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+pub use account::user;
 pub use capture::{Flow, NodeCapture};
 pub use culvert::{CULVERT, ENROLLED};
 pub use disturb::Stopped;
@@ -124,6 +127,17 @@ impl Cluster {
     #[must_use]
     pub fn list(&self, namespace: &str, kind: &str) -> Vec<Value> {
         let list = self.kubectl(&["--namespace", namespace, "get", kind, "--output=json"]);
+        let list: Value = serde_json::from_str(&list).expect("kubectl prints JSON");
+        list["items"].as_array().cloned().unwrap_or_default()
+    }
+
+    /// All objects of a kind in all namespaces.
+    ///
+    /// # Panics
+    /// When the API server does not list them.
+    #[must_use]
+    pub fn list_everywhere(&self, kind: &str) -> Vec<Value> {
+        let list = self.kubectl(&["get", kind, "--all-namespaces", "--output=json"]);
         let list: Value = serde_json::from_str(&list).expect("kubectl prints JSON");
         list["items"].as_array().cloned().unwrap_or_default()
     }

@@ -84,6 +84,9 @@ pub fn field(number: u8, value: &[u8]) -> Vec<u8> {
     field
 }
 
+/// The length of what precedes a gRPC message: whether it is compressed, and its length.
+pub const MESSAGE_HEAD: usize = 5;
+
 /// A gRPC message with its head.
 #[must_use]
 pub fn message(value: &[u8]) -> Vec<u8> {
@@ -128,24 +131,71 @@ pub fn unary(io: &mut (impl Read + Write), path: &str, token: Option<&str>, requ
     io.flush()?;
     let mut body = Vec::new();
     loop {
-        let mut head = [0; 9];
-        io.read_exact(&mut head)?;
-        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
-        let mut payload = vec![0; length as usize];
-        io.read_exact(&mut payload)?;
-        let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
-        match (head[3], stream) {
-            (kind::SETTINGS, 0) if head[4] & ACK == 0 => io.write_all(&frame(kind::SETTINGS, ACK, 0, &[]))?,
+        let (head, payload) = next(io)?;
+        match (head.kind, head.stream) {
+            (kind::SETTINGS, 0) if head.flags & ACK == 0 => io.write_all(&frame(kind::SETTINGS, ACK, 0, &[]))?,
             (kind::GOAWAY, _) | (kind::RST_STREAM, 1) => return Ok(None),
             (kind::DATA | kind::HEADERS, 1) => {
-                if head[3] == kind::DATA {
+                if head.kind == kind::DATA {
                     body.extend(payload);
                 }
-                if head[4] & END_STREAM != 0 {
-                    return Ok(body.get(5..).map(<[u8]>::to_vec));
+                if head.flags & END_STREAM != 0 {
+                    return Ok(body.get(MESSAGE_HEAD..).map(<[u8]>::to_vec));
                 }
             }
             _ => {}
         }
     }
+}
+
+/// Asks for a stream in a tunnel, whatever the peer has said of the tunnel's end before. Whether it is granted.
+///
+/// # Errors
+/// The connection's.
+pub fn tunnel_stream(io: &mut (impl Read + Write), stream: u32, authority: &str) -> io::Result<bool> {
+    let wanted = headers(&[(":method", "CONNECT"), (":authority", authority)]);
+    io.write_all(&frame(kind::HEADERS, END_HEADERS, stream, &wanted))?;
+    io.flush()?;
+    loop {
+        let (head, payload) = next(io)?;
+        match (head.kind, head.stream) {
+            // `:status: 200` is an entry of the static table (RFC 7541, appendix A), and the first of its list (RFC 9113, section 8.3).
+            (kind::HEADERS, number) if number == stream => return Ok(payload.first() == Some(&0x88)),
+            (kind::RST_STREAM, number) if number == stream => return Ok(false),
+            _ => {}
+        }
+    }
+}
+
+/// What the far end of a tunnel's stream says, until it has said all.
+///
+/// # Errors
+/// The connection's.
+pub fn tunnel_answer(io: &mut impl Read, stream: u32) -> io::Result<Vec<u8>> {
+    let mut answer = Vec::new();
+    loop {
+        let (head, payload) = next(io)?;
+        if (head.kind, head.stream) == (kind::DATA, stream) {
+            answer.extend(payload);
+            if head.flags & END_STREAM != 0 {
+                return Ok(answer);
+            }
+        }
+    }
+}
+
+/// A frame's head, without its length.
+struct Head {
+    kind: u8,
+    flags: u8,
+    stream: u32,
+}
+
+fn next(io: &mut impl Read) -> io::Result<(Head, Vec<u8>)> {
+    let mut head = [0; 9];
+    io.read_exact(&mut head)?;
+    let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+    io.read_exact(&mut payload)?;
+    let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+    Ok((Head { kind: head[3], flags: head[4], stream }, payload))
 }

@@ -18,11 +18,11 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use crate::Namespace;
 use crate::forge::Credentials;
+use crate::{Namespace, http2};
 
 /// How long a peer waits for anything.
-const PATIENCE: Duration = Duration::from_secs(8);
+const PATIENCE: Duration = Duration::from_secs(20);
 /// The port of tunnels.
 const HBONE_PORT: u16 = 15008;
 
@@ -64,6 +64,22 @@ pub fn dial(
         .run(move || runtime().block_on(patiently(dial_here(SocketAddr::new(pod, HBONE_PORT), credentials, authority, words))))
 }
 
+/// The same, from the caller's own namespace, by any way that leads to the tunnel port.
+///
+/// # Errors
+/// How it was refused.
+///
+/// # Panics
+/// When the thread cannot have a runtime.
+pub fn dial_by(
+    way: SocketAddr,
+    credentials: Option<Credentials>,
+    authority: SocketAddr,
+    words: &'static str,
+) -> Result<String, Refused> {
+    runtime().block_on(patiently(dial_here(way, credentials, authority, words)))
+}
+
 /// Opens a tunnel from `namespace` to a pod's tunnel port and in it so many streams to `authority`, and pushes up to so many bytes into
 /// each, until nothing has been taken for a second. Gives how many bytes were taken in all.
 ///
@@ -83,7 +99,16 @@ pub fn press(
     namespace.run(move || runtime().block_on(press_here(to, credentials, authority, (streams, bytes))))
 }
 
-/// Sends one gRPC request from `namespace` to a controller, with a token or none, and gives the status that it is answered with.
+/// What a gRPC server answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The status, a number in decimal (gRPC, "Status codes and their use in gRPC").
+    pub status: String,
+    /// The message, which is empty where the status is not 0.
+    pub message: Vec<u8>,
+}
+
+/// Sends one empty gRPC request from `namespace` to a controller, with a token or none, and gives the status that it is answered with.
 ///
 /// # Errors
 /// How the connection ended without a status.
@@ -91,7 +116,18 @@ pub fn press(
 /// # Panics
 /// When the thread cannot have a runtime.
 pub fn call(namespace: &Namespace, to: SocketAddr, path: &'static str, token: Option<String>) -> Result<String, Refused> {
-    namespace.run(move || runtime().block_on(patiently(call_here(to, path, token))))
+    namespace.run(move || request(to, path, token.as_deref(), &[])).map(|answer| answer.status)
+}
+
+/// Sends one gRPC request with this message from the caller's own namespace.
+///
+/// # Errors
+/// How the connection ended without a status.
+///
+/// # Panics
+/// When the thread cannot have a runtime.
+pub fn request(to: SocketAddr, path: &str, token: Option<&str>, message: &[u8]) -> Result<Answer, Refused> {
+    runtime().block_on(patiently(request_here(to, path, token, message)))
 }
 
 /// Accepts tunnels at a pod's tunnel port, as its agent would, and echoes each stream. What became of each connection is in the list.
@@ -137,7 +173,7 @@ async fn dial_here(
             return Err(Refused::Status(response.status().as_u16()));
         }
         sink.send_data(Bytes::from_static(words.as_bytes()), true)?;
-        let answer = drain(response.into_body()).await?;
+        let answer = drain(&mut response.into_body()).await?;
         Ok(String::from_utf8_lossy(&answer).into_owned())
     };
     match exchange.await {
@@ -196,7 +232,7 @@ async fn push(mut sink: SendStream<Bytes>, _body: RecvStream, bytes: usize, take
     std::future::pending().await
 }
 
-async fn call_here(to: SocketAddr, path: &str, token: Option<String>) -> Result<String, Refused> {
+async fn request_here(to: SocketAddr, path: &str, token: Option<&str>, message: &[u8]) -> Result<Answer, Refused> {
     let (requests, _driven) = handshake(to, None).await?;
     let mut request = Request::builder().method(Method::POST).uri(format!("https://{to}{path}"));
     request = request.header("content-type", "application/grpc").header("te", "trailers");
@@ -204,17 +240,17 @@ async fn call_here(to: SocketAddr, path: &str, token: Option<String>) -> Result<
         request = request.header("authorization", format!("Bearer {token}"));
     }
     let (response, mut sink) = requests.ready().await?.send_request(request.body(())?, false)?;
-    // One empty message: a head without compression, and no bytes.
-    sink.send_data(Bytes::from_static(&[0; 5]), true)?;
+    sink.send_data(http2::message(message).into(), true)?;
     let response = response.await?;
     let status = |headers: &http::HeaderMap| Some(headers.get("grpc-status")?.to_str().ok()?.to_owned());
     if let Some(status) = status(response.headers()) {
-        return Ok(status);
+        return Ok(Answer { status, message: Vec::new() });
     }
     let mut body = response.into_body();
-    while body.data().await.transpose()?.is_some() {}
-    let trailers = body.trailers().await?.and_then(|trailers| status(&trailers));
-    trailers.ok_or_else(|| Refused::Connection("no status".to_owned()))
+    let message = drain(&mut body).await?;
+    let status = body.trailers().await?.and_then(|trailers| status(&trailers));
+    let status = status.ok_or_else(|| Refused::Connection("no status".to_owned()))?;
+    Ok(Answer { status, message: message.get(http2::MESSAGE_HEAD..).unwrap_or_default().to_vec() })
 }
 
 /// Connects, and speaks HTTP/2 over TLS there. The connection is driven on a task, which gives how it ended.
@@ -238,14 +274,14 @@ async fn serve(stream: TcpStream, config: Arc<ServerConfig>) -> Result<(), Refus
     Ok(())
 }
 
-async fn echo(body: RecvStream, mut sink: SendStream<Bytes>) {
+async fn echo(mut body: RecvStream, mut sink: SendStream<Bytes>) {
     // Little enough to be in one window.
-    if let Ok(words) = drain(body).await {
+    if let Ok(words) = drain(&mut body).await {
         let _gone = sink.send_data(words.into(), true);
     }
 }
 
-async fn drain(mut body: RecvStream) -> Result<Vec<u8>, h2::Error> {
+async fn drain(body: &mut RecvStream) -> Result<Vec<u8>, h2::Error> {
     let mut all = Vec::new();
     while let Some(chunk) = body.data().await.transpose()? {
         all.extend_from_slice(&chunk);

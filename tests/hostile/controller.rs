@@ -201,7 +201,7 @@ fn a_node_that_asks_for_too_much() {
         let token = token.clone();
         scene.outsider.netns.run(move || {
             for length in [20_000, 60_000, 200_000, 5_000_000] {
-                let request = attacker::certificate_request(&"A".repeat(length), "spiffe://cluster.local/ns/shop/sa/friend");
+                let request = attacker::certificate_request(&"A".repeat(length), "spiffe://cluster.local/ns/shop/sa/friend", 0);
                 let mut stream = tls().expect("a connection");
                 let answer = http2::unary(&mut stream, CREATE_CERTIFICATE, Some(&token), &request);
                 assert!(!matches!(answer, Ok(Some(_))), "{length} bytes of nothing were signed");

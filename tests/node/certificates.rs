@@ -1,11 +1,14 @@
 //! Promise: who cannot prove to be the workload that is meant is refused, on either side, with a log line, a count and a reset.
 
-use std::time::Duration;
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use harness::forge::{Credentials, Forge, Wanted, self_signed};
+use harness::http2::{self, kind};
 use harness::mesh::manifest;
 use harness::peer::{self, Refused};
-use harness::{Mesh, MeshSpec, PodSpec, app, eventually, eventually_within};
+use harness::{Mesh, MeshSpec, PodSpec, app, attacker, eventually, eventually_within};
 
 const PORT: u16 = 8080;
 const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
@@ -193,4 +196,51 @@ fn a_tunnel_carries_nothing_new_once_a_root_of_its_day_is_withdrawn() {
             );
         }
     }
+}
+
+#[test]
+fn a_tunnel_carries_nothing_new_when_its_client_s_certificate_has_ended() {
+    const LIFE: i64 = 6;
+    let mut mesh = Mesh::start();
+    let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
+    app::server(&server.netns, PORT, app::echo);
+    let thief = mesh.pod(PodSpec { name: "thief", namespace: "shop", node: 0, enrolled: false });
+    let right = Forge::of_controller(&mesh);
+    let (tunnels, echo) = (SocketAddr::new(server.v4.into(), 15008), server.at(false, PORT));
+    eventually("a client with a good certificate is served", || {
+        peer::dial(&thief.netns, server.v4, Some(right.make(&Wanted::workload(CLIENT))), echo, "hello").is_ok()
+    });
+    let stolen = right.make(&Wanted::workload(CLIENT).valid(-60, LIFE));
+    let ended = Instant::now() + Duration::from_secs(LIFE.unsigned_abs());
+    thief.netns.run(move || {
+        let authority = echo.to_string();
+        let mut shared = attacker::connect(tunnels, Some(&stolen), &[b"h2"]).expect("the certificate is good still");
+        let mut single = attacker::connect(tunnels, Some(&stolen), &[b"culvert/1"]).expect("the certificate is good still");
+        shared.write_all(&[http2::PREFACE, &http2::frame(kind::SETTINGS, 0, 0, &[])].concat()).expect("the peer reads");
+        assert!(http2::tunnel_stream(&mut shared, 1, &authority).expect("an answer"), "a stream is granted before the end");
+        let mut streams = (3..).step_by(2);
+        let refused = eventually_refused(|| http2::tunnel_stream(&mut shared, streams.next().expect("a number"), &authority));
+        assert!(refused >= ended - Duration::from_secs(1), "it was refused {:?} too early", ended - refused);
+        // What was opened in time goes on, for a peer that heeds nothing of what it was told of the tunnel's end.
+        shared.write_all(&http2::frame(kind::DATA, http2::END_STREAM, 1, b"still here")).expect("the stream is open");
+        assert!(http2::tunnel_answer(&mut shared, 1).expect("an answer").ends_with(b"still here"));
+        // Where a tunnel carries one stream at a time, there is none in it now, and no more to come.
+        let end = single.read(&mut [0; 64]);
+        assert!(end.as_ref().map_or_else(|error| error.kind() == ErrorKind::ConnectionReset, |read| *read == 0), "{end:?}");
+    });
+    let log = mesh.log("agent-b");
+    let told =
+        |line: &&str| line.contains("reason=\"peer_not_authenticated\"") && line.contains("the client's certificate has ended");
+    assert!(log.lines().any(|line| told(&line)), "{log}");
+}
+
+/// Asks now and then until it is refused, and says when that was.
+fn eventually_refused(mut is_granted: impl FnMut() -> std::io::Result<bool>) -> Instant {
+    let mut refused = None;
+    eventually("it is refused", || {
+        std::thread::sleep(Duration::from_millis(100));
+        refused = (!is_granted().expect("an answer")).then(Instant::now);
+        refused.is_some()
+    });
+    refused.expect("it was refused")
 }

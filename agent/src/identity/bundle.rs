@@ -115,7 +115,7 @@ pub fn certificates_in(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Bundl
 }
 
 /// The first and the last moment at which the certificate is valid.
-pub(super) fn validity_of(certificate: &X509Certificate<'_>) -> (SystemTime, SystemTime) {
+pub(crate) fn validity_of(certificate: &X509Certificate<'_>) -> (SystemTime, SystemTime) {
     let moment = |seconds: i64| match u64::try_from(seconds) {
         Ok(seconds) => UNIX_EPOCH.checked_add(Duration::from_secs(seconds)).unwrap_or(UNIX_EPOCH),
         Err(_) => UNIX_EPOCH,

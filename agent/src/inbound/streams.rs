@@ -5,12 +5,15 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tracing::debug;
 
 use super::{Carried, GREEDY, Inbound, Refusal, relay_inbound};
 use crate::capture::LocalPod;
+use crate::identity::clock::{Clock as _, SystemClock, readable};
 use crate::model::{CloseReason, Flow, SpiffeId};
 use crate::observe::{ConnectionInfo, Direction, Security};
 use crate::open_connections::Registered;
@@ -24,6 +27,8 @@ use crate::tunnel::single::{self, Open, SingleStream};
 pub(super) struct Peer {
     /// Who its workload is, from the verified certificate chain.
     pub(super) identity: SpiffeId,
+    /// When that chain's leaf ends.
+    pub(super) expires: SystemTime,
     /// Its address, which is its workload's.
     pub(super) addr: SocketAddr,
     /// The pod's address and the tunnel port.
@@ -118,13 +123,18 @@ impl Inbound {
         })
     }
 
-    /// Waits until others are believed than when the peer showed its certificate. No more streams may be opened then: the peer has
-    /// to show it again.
+    /// Waits until others are believed than when the peer showed its certificate, or that has ended. No more streams may be opened then:
+    /// the peer has to show one again.
     async fn distrusted(&self, peer: &Peer) {
-        if self.svids.bundle().wait_for(|bundle| bundle.fingerprint != peer.roots).await.is_err() {
-            // The store has ended, and the agent with it.
-            pending().await
-        }
+        let mut bundle = self.svids.bundle();
+        let changed = async {
+            if bundle.wait_for(|bundle| bundle.fingerprint != peer.roots).await.is_err() {
+                // The store has ended, and the agent with it.
+                pending().await
+            }
+        };
+        let left = peer.expires.duration_since(SystemClock.now()).unwrap_or_default();
+        let _whichever = timeout(left, changed).await;
     }
 
     async fn hbone_stream(&self, pod: &LocalPod, peer: &Peer, mut request: OpenRequest) {
@@ -211,8 +221,13 @@ impl Inbound {
         }
     }
 
-    /// Enters a stream among the open connections, if it is for this pod.
+    /// Enters a stream among the open connections, if it is for this pod and its source still who it was.
     fn admit(&self, pod: &LocalPod, peer: &Peer, destination: Option<SocketAddr>) -> Result<(Arc<Flow>, Registered), Refusal> {
+        if SystemClock.now() >= peer.expires {
+            // A peer that is told that its tunnel ends need not care.
+            let detail = format!("the client's certificate has ended, at {}, while its tunnel was open", readable(peer.expires));
+            return Err(Refusal { reason: CloseReason::PeerNotAuthenticated, detail });
+        }
         let Some(destination) = destination.filter(|destination| pod.addresses.contains(&destination.ip())) else {
             let detail = "the stream's destination is not an address and port of this pod".to_owned();
             return Err(Refusal { reason: CloseReason::BadRequest, detail });

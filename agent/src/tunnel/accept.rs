@@ -1,12 +1,13 @@
 //! The accepting side's handshake: a connection to the tunnel port becomes a tunnel from an authenticated peer, or nothing.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use rustls::ServerConfig;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::verify::peer_identity;
+use super::verify::{PeerFault, peer_expiry, peer_identity};
 use super::{HANDSHAKE_TIMEOUT, TunnelError, handshake, hbone, single, tune};
 use crate::model::{PeerAddr, SpiffeId};
 
@@ -14,6 +15,8 @@ use crate::model::{PeerAddr, SpiffeId};
 pub struct Accepted {
     /// Who the peer's workload is, from its verified certificate chain.
     pub source: SpiffeId,
+    /// When the certificate that proves it ends.
+    pub expires: SystemTime,
     /// Its streams.
     pub tunnel: Form,
 }
@@ -38,14 +41,15 @@ pub async fn handshake(stream: TcpStream, peer: PeerAddr, config: Arc<ServerConf
     tune(&stream).map_err(|source| TunnelError::Connect { peer, source })?;
     let accepting = async {
         let established = handshake::accept(stream, config).await.map_err(|source| TunnelError::Handshake { peer, source })?;
-        let source = peer_identity(&established.chain)
-            .map_err(|error| TunnelError::Handshake { peer, source: std::io::Error::other(error.to_string()) })?;
+        let unnamed = |fault: PeerFault| TunnelError::Handshake { peer, source: std::io::Error::other(fault.to_string()) };
+        let source = peer_identity(&established.chain).map_err(unnamed)?;
+        let expires = peer_expiry(&established.chain).map_err(unnamed)?;
         let tunnel = if established.alpn.as_deref() == Some(single::ALPN) {
             Form::Single(single::Idle::new(established.tls))
         } else {
             Form::Hbone(Box::new(hbone::Inbound::start(established.tls).await?))
         };
-        Ok(Accepted { source, tunnel })
+        Ok(Accepted { source, expires, tunnel })
     };
     timeout(HANDSHAKE_TIMEOUT, accepting).await.map_err(|_elapsed| TunnelError::TimedOut { peer })?
 }

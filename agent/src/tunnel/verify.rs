@@ -7,7 +7,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature};
@@ -18,6 +18,7 @@ use webpki::KeyUsage;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::identity::TrustBundle;
+use crate::identity::bundle::validity_of;
 use crate::identity::clock::readable;
 use crate::identity::svid::{NameFault, named_workload};
 use crate::model::{SpiffeId, TrustDomain};
@@ -109,6 +110,16 @@ pub enum PeerFault {
 pub fn peer_identity(chain: &[CertificateDer<'_>]) -> Result<SpiffeId, PeerFault> {
     let leaf = chain.first().ok_or_else(|| PeerFault::Malformed("there is no certificate".to_owned()))?;
     named_workload(&parse(leaf)?).map_err(PeerFault::Name)
+}
+
+/// When a chain's leaf ends: what it proves, it proves until then. Only for chains that a handshake has verified.
+///
+/// # Errors
+/// A [`PeerFault`] when there is no leaf, or it does not parse. A verified chain's always does.
+pub fn peer_expiry(chain: &[CertificateDer<'_>]) -> Result<SystemTime, PeerFault> {
+    let leaf = chain.first().ok_or_else(|| PeerFault::Malformed("there is no certificate".to_owned()))?;
+    let (_not_before, not_after) = validity_of(&parse(leaf)?);
+    Ok(not_after)
 }
 
 /// Checks servers' certificates on the client's side of a tunnel.
