@@ -8,11 +8,13 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use super::dial::Dialled;
 use super::single::{Idle, Open};
 use super::stream::{Home, Stream};
 use super::{Tunnel, TunnelError, hbone};
+use crate::identity::clock::{Clock as _, SystemClock};
 use crate::model::CloseReason;
 
 /// How long a tunnel without streams is kept.
@@ -49,12 +51,18 @@ struct Tunnels {
 #[derive(Debug)]
 struct Warm<T> {
     tunnel: T,
+    /// When the peer's certificate ends. No stream may be opened after that: the peer has to show one again.
+    expires: SystemTime,
     last_used: Instant,
 }
 
 impl<T> Warm<T> {
-    fn new(tunnel: T) -> Self {
-        Self { tunnel, last_used: Instant::now() }
+    fn new(tunnel: T, expires: SystemTime) -> Self {
+        Self { tunnel, expires, last_used: Instant::now() }
+    }
+
+    fn expired(&self) -> bool {
+        SystemClock.now() >= self.expires
     }
 }
 
@@ -78,7 +86,7 @@ impl<K: Eq + Hash + Clone, S: Clone> Pool<K, S> {
         dial: impl Fn(S) -> F,
     ) -> Result<Stream, TunnelError>
     where
-        F: Future<Output = Result<Tunnel, TunnelError>>,
+        F: Future<Output = Result<Dialled, TunnelError>>,
     {
         let (slot, setup) = self.slot(key, setup)?;
         let dial = || dial(setup.clone());
@@ -114,9 +122,11 @@ impl<K: Eq + Hash + Clone, S: Clone> Pool<K, S> {
                 if warm.tunnel.streams() > 0 {
                     warm.last_used = now;
                 }
-                !warm.tunnel.closed() && now.saturating_duration_since(warm.last_used) < IDLE
+                !warm.expired() && !warm.tunnel.closed() && now.saturating_duration_since(warm.last_used) < IDLE
             });
-            tunnels.idle.retain(|warm| now.saturating_duration_since(warm.last_used) < IDLE && warm.tunnel.quiet());
+            tunnels
+                .idle
+                .retain(|warm| !warm.expired() && now.saturating_duration_since(warm.last_used) < IDLE && warm.tunnel.quiet());
             // A slot that somebody holds is about to be filled.
             !tunnels.shared.is_empty() || !tunnels.idle.is_empty() || Arc::strong_count(slot) + Arc::weak_count(slot) > 1
         });
@@ -162,7 +172,7 @@ impl Slot {
     /// A tunnel that others have made meanwhile, or else a new one, and whether it is that.
     async fn wait_or_dial<F>(&self, dial: &impl Fn() -> F) -> Result<(Pooled, bool), TunnelError>
     where
-        F: Future<Output = Result<Tunnel, TunnelError>>,
+        F: Future<Output = Result<Dialled, TunnelError>>,
     {
         // Whoever needs a tunnel of his own has nothing to wait for.
         if !self.lock().single {
@@ -179,19 +189,19 @@ impl Slot {
 
     /// Takes in a tunnel that has just been made, and picks it for a first stream. It is in nobody else's sight before that has its
     /// place.
-    fn add(&self, tunnel: Tunnel) -> Result<Pooled, TunnelError> {
+    fn add(&self, Dialled { expires, tunnel }: Dialled) -> Result<Pooled, TunnelError> {
         let mut tunnels = self.lock();
         match tunnel {
             Tunnel::Single(idle) => {
                 tunnels.single = true;
-                Ok(Pooled::Idle(idle))
+                Ok(Pooled::Idle(idle, expires))
             }
             Tunnel::Hbone(tunnel) => {
                 tunnels.single = false;
                 // A peer that lets nobody open a stream, or has gone at once.
                 let place = tunnel.place().ok_or(TunnelError::Refused { reason: CloseReason::TunnelFailed })?;
                 let tunnel = Arc::new(tunnel);
-                tunnels.shared.push(Warm::new(Arc::clone(&tunnel)));
+                tunnels.shared.push(Warm::new(Arc::clone(&tunnel), expires));
                 Ok(Pooled::Shared(tunnel, place))
             }
         }
@@ -199,26 +209,26 @@ impl Slot {
 
     async fn open_in(self: &Arc<Self>, tunnel: Pooled, open: &Open) -> Result<Stream, TunnelError> {
         match tunnel {
-            Pooled::Idle(idle) => self.open_single(idle, open).await,
+            Pooled::Idle(idle, expires) => self.open_single(idle, expires, open).await,
             Pooled::Shared(tunnel, place) => Ok(Stream::Hbone(Box::new(tunnel.open(place, open.destination).await?))),
         }
     }
 
-    async fn open_single(self: &Arc<Self>, idle: Idle, open: &Open) -> Result<Stream, TunnelError> {
+    async fn open_single(self: &Arc<Self>, idle: Idle, expires: SystemTime, open: &Open) -> Result<Stream, TunnelError> {
         match idle.open(open).await.map_err(TunnelError::Cut)? {
-            Ok(stream) => Ok(Stream::Single(stream, Home(Arc::downgrade(self)))),
+            Ok(stream) => Ok(Stream::Single(stream, Home { slot: Arc::downgrade(self), expires })),
             Err((reason, idle)) => {
-                self.put(idle);
+                self.put(idle, expires);
                 Err(TunnelError::Refused { reason })
             }
         }
     }
 
     /// Keeps a tunnel for the next stream.
-    pub(super) fn put(&self, idle: Idle) {
+    pub(super) fn put(&self, idle: Idle, expires: SystemTime) {
         let mut tunnels = self.lock();
         if !tunnels.retired && tunnels.idle.len() < IDLE_PER_KEY {
-            tunnels.idle.push(Warm::new(idle));
+            tunnels.idle.push(Warm::new(idle, expires));
         }
     }
 
@@ -227,11 +237,11 @@ impl Slot {
         let mut tunnels = self.lock();
         // The one used last is the likeliest to be there still.
         while let Some(warm) = tunnels.idle.pop() {
-            if warm.tunnel.quiet() {
-                return Some(Pooled::Idle(warm.tunnel));
+            if !warm.expired() && warm.tunnel.quiet() {
+                return Some(Pooled::Idle(warm.tunnel, warm.expires));
             }
         }
-        tunnels.shared.retain(|warm| !warm.tunnel.closed());
+        tunnels.shared.retain(|warm| !warm.expired() && !warm.tunnel.closed());
         // All streams get their places under this lock; that one ends meanwhile does no harm.
         let warm = tunnels.shared.iter_mut().min_by_key(|warm| warm.tunnel.streams())?;
         let place = warm.tunnel.place()?;
@@ -245,7 +255,7 @@ impl Slot {
 }
 
 enum Pooled {
-    Idle(Idle),
+    Idle(Idle, SystemTime),
     Shared(Arc<hbone::Outbound>, hbone::Place),
 }
 

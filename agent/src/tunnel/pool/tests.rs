@@ -21,6 +21,8 @@ const SILENT: u16 = 82;
 struct Far {
     single: AtomicBool,
     dialled: AtomicUsize,
+    /// Its certificate ends when it has been shown.
+    ended: AtomicBool,
     /// Cuts the tunnels that are there.
     cut: Mutex<CancellationToken>,
     /// How many streams a tunnel has carried at once, at the most.
@@ -38,7 +40,7 @@ impl Far {
         self.dialled.load(Ordering::Relaxed)
     }
 
-    async fn dial(self: &Arc<Self>) -> Result<Tunnel, TunnelError> {
+    async fn dial(self: &Arc<Self>) -> Result<Dialled, TunnelError> {
         let _open = self.gate.read().await;
         self.dialled.fetch_add(1, Ordering::Relaxed);
         let (near, far) = ours().await;
@@ -48,7 +50,9 @@ impl Far {
             let serve = async { if single { serve_single(far).await } else { this.serve_hbone(far).await } };
             cut.run_until_cancelled(serve).await
         });
-        Ok(if single { Tunnel::Single(Idle::new(near)) } else { Tunnel::Hbone(hbone::Outbound::start(near).await?) })
+        let tunnel = if single { Tunnel::Single(Idle::new(near)) } else { Tunnel::Hbone(hbone::Outbound::start(near).await?) };
+        let left = if self.ended.load(Ordering::Relaxed) { Duration::ZERO } else { Duration::from_secs(3600) };
+        Ok(Dialled { expires: SystemTime::now() + left, tunnel })
     }
 
     async fn serve_hbone(&self, io: TlsStream) {
@@ -208,6 +212,23 @@ async fn a_tunnel_that_has_broken_is_replaced() {
             far.cut();
             tokio::task::yield_now().await;
         }
+    }
+}
+
+#[tokio::test]
+async fn a_peer_whose_certificate_has_ended_has_to_show_another() {
+    for single in [false, true] {
+        let (far, pool) = (Far::new(single), Pool::new());
+        far.ended.store(true, Ordering::Relaxed);
+        for dialled in 1..=3 {
+            let stream = open(&pool, &far, SERVED).await.unwrap();
+            if single {
+                end(stream).await;
+            }
+            assert_eq!(far.dialled(), dialled, "single: {single}");
+        }
+        pool.sweep(Instant::now());
+        assert!(pool.is_empty(), "single: {single}");
     }
 }
 
