@@ -179,8 +179,14 @@ pub enum CaptureError {
     /// The namespace directory cannot be watched.
     #[error("watching {}: {source}; create the directory or give another with --netns-dir", path.display())]
     Watch {
-        /// The directory or file.
+        /// The directory.
         path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The table of mounts, where namespaces appear, cannot be watched.
+    #[error("watching {path}: {source}; the agent needs /proc of its own mount namespace", path = mounts::OWN)]
+    Mounts {
         /// Why.
         source: io::Error,
     },

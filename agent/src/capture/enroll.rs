@@ -195,7 +195,7 @@ impl Enroller {
 
     /// Runs until `shutdown`, or until nobody receives pods.
     pub(super) async fn run(mut self, shutdown: CancellationToken) -> Result<(), CaptureError> {
-        let failed = |source| CaptureError::Watch { path: super::mounts::OWN.into(), source };
+        let failed = |source| CaptureError::Mounts { source };
         let mounts = MountTable::watch().map_err(failed)?;
         let Some(mut inbox) = self.inbox.take() else { return Ok(()) };
         let Some(mut reports) = self.reports.take() else { return Ok(()) };
