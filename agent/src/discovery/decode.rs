@@ -208,15 +208,16 @@ impl At<'_> {
         let authorization_policies = policies
             .map(|(place, key)| self.key(|| format!("authorization_policies[{place}]"), key, shared))
             .collect::<Result<Vec<_>, _>>()?;
+        let own = |text: &str, other: &str| (text != other).then(|| text.to_owned());
         let telemetry = TelemetryNames {
-            workload: shared.texts.one(message.workload_name),
+            canonical_name: own(&message.canonical_name, &message.workload_name).map(|name| shared.texts.one(name)),
+            workload: own(&message.workload_name, &message.name).map(|name| shared.texts.one(name)),
             workload_type: match self.value("workload_type", message.workload_type)? {
                 workload::WorkloadType::Deployment => WorkloadType::Deployment,
                 workload::WorkloadType::Cronjob => WorkloadType::CronJob,
                 workload::WorkloadType::Pod => WorkloadType::Pod,
                 workload::WorkloadType::Job => WorkloadType::Job,
             },
-            canonical_name: shared.texts.one(message.canonical_name),
             canonical_revision: shared.texts.one(message.canonical_revision),
         };
         let uid = message.uid.into();

@@ -27,9 +27,9 @@ pub struct Snapshot {
     cluster_ranges: Arc<[IpNet]>,
     synced: bool,
     workloads: imbl::OrdSet<ByUid>,
-    workload_by_address: imbl::OrdMap<IpAddr, Arc<Workload>>,
+    workload_by_address: imbl::OrdMap<Octets, Arc<Workload>>,
     services: imbl::OrdMap<Arc<str>, Arc<Service>>,
-    service_by_address: imbl::OrdMap<IpAddr, Arc<Service>>,
+    service_by_address: imbl::OrdMap<Octets, Arc<Service>>,
     endpoints: imbl::OrdMap<Arc<str>, Arc<Endpoints>>,
     members: imbl::OrdMap<Arc<str>, Members>,
     local: imbl::OrdMap<Arc<str>, Arc<Workload>>,
@@ -68,6 +68,16 @@ pub struct Endpoints {
 pub struct Edit {
     snapshot: Snapshot,
     stale_services: BTreeSet<Arc<str>>,
+}
+
+/// An address as a key: IPv4 mapped into IPv6, which no address of the mesh's is otherwise. Smaller than an [`IpAddr`].
+type Octets = [u8; 16];
+
+fn octets(address: IpAddr) -> Octets {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+        IpAddr::V6(address) => address.octets(),
+    }
 }
 
 /// A workload, found by its UID alone.
@@ -167,13 +177,13 @@ impl Snapshot {
     /// The workload at this address. Pods on the host's network are found by none.
     #[must_use]
     pub fn workload_at(&self, address: IpAddr) -> Option<&Arc<Workload>> {
-        self.workload_by_address.get(&address)
+        self.workload_by_address.get(&octets(address))
     }
 
     /// The service at this virtual address.
     #[must_use]
     pub fn service_at(&self, address: IpAddr) -> Option<&Arc<Service>> {
-        self.service_by_address.get(&address)
+        self.service_by_address.get(&octets(address))
     }
 
     /// The workloads behind the service of this key.
@@ -261,7 +271,7 @@ impl Edit {
         let state = &mut self.snapshot;
         if !workload.host_network {
             for address in &workload.addresses {
-                state.workload_by_address.insert(*address, Arc::clone(&workload));
+                state.workload_by_address.insert(octets(*address), Arc::clone(&workload));
             }
         }
         for (service, _) in workload.services.iter() {
@@ -291,8 +301,8 @@ impl Edit {
         }
         for address in &workload.addresses {
             // Another workload may have taken the address over before this one was told to be gone.
-            if state.workload_by_address.get(address).is_some_and(|owner| owner.uid == workload.uid) {
-                state.workload_by_address.remove(address);
+            if state.workload_by_address.get(&octets(*address)).is_some_and(|owner| owner.uid == workload.uid) {
+                state.workload_by_address.remove(&octets(*address));
                 for (key, _) in workload_destinations(&workload).filter(|(key, _)| key.0 == *address) {
                     state.destinations.remove(&key);
                 }
@@ -319,7 +329,7 @@ impl Edit {
         let key = self.snapshot.members.get_key_value(&key).map_or(key, |(named, _)| Arc::clone(named));
         let service = Arc::new(service);
         for address in &service.addresses {
-            self.snapshot.service_by_address.insert(*address, Arc::clone(&service));
+            self.snapshot.service_by_address.insert(octets(*address), Arc::clone(&service));
         }
         self.snapshot.services.insert(Arc::clone(&key), service);
         self.stale_services.insert(key);
@@ -330,8 +340,8 @@ impl Edit {
         let state = &mut self.snapshot;
         let Some(service) = state.services.remove(key) else { return };
         for address in &service.addresses {
-            if state.service_by_address.get(address).is_some_and(|owner| owner.key().as_ref() == key) {
-                state.service_by_address.remove(address);
+            if state.service_by_address.get(&octets(*address)).is_some_and(|owner| owner.key().as_ref() == key) {
+                state.service_by_address.remove(&octets(*address));
                 for (key, _) in service_ports(&service, *address) {
                     state.destinations.remove(&key);
                 }

@@ -1,6 +1,5 @@
 //! Workloads and services as the mesh sees them.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Deref;
@@ -44,15 +43,15 @@ pub struct TextEnd {
     start: u32,
 }
 
-/// What telemetry calls a workload.
+/// What telemetry calls a workload. Pods that nothing made have names of their own, and share this all the same.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct TelemetryNames {
-    /// The name of what made the pod (a Deployment's, say).
-    pub workload: Arc<str>,
+    /// The name of what made the pod (a Deployment's, say); none if it is the pod's own.
+    pub workload: Option<Arc<str>>,
     /// The kind of what made the pod.
     pub workload_type: WorkloadType,
-    /// The canonical service's name.
-    pub canonical_name: Arc<str>,
+    /// The canonical service's name; none if it is that of what made the pod.
+    pub canonical_name: Option<Arc<str>>,
     /// The canonical service's revision.
     pub canonical_revision: Arc<str>,
 }
@@ -125,6 +124,18 @@ impl Workload {
     #[must_use]
     pub fn enrolled(&self) -> bool {
         self.protocol == TunnelProtocol::Hbone && !self.host_network
+    }
+
+    /// The name of what made the pod.
+    #[must_use]
+    pub fn workload_name(&self) -> &str {
+        self.telemetry.workload.as_deref().unwrap_or(&self.name)
+    }
+
+    /// The canonical service's name.
+    #[must_use]
+    pub fn canonical_name(&self) -> &str {
+        self.telemetry.canonical_name.as_deref().unwrap_or_else(|| self.workload_name())
     }
 
     /// Whether peers open a tunnel for a connection to `port`, rather than plaintext.
@@ -262,11 +273,13 @@ impl ServedPorts {
     }
 }
 
-/// Of several with one key the last counts.
+/// Of several with one key the first counts.
 impl FromIterator<(Arc<str>, Box<[PortMapping]>)> for ServedPorts {
     fn from_iter<I: IntoIterator<Item = (Arc<str>, Box<[PortMapping]>)>>(services: I) -> Self {
-        let services: BTreeMap<_, _> = services.into_iter().collect();
-        Self(services.into_iter().collect())
+        let mut services: Vec<_> = services.into_iter().collect();
+        services.sort_by(|one, other| one.0.cmp(&other.0));
+        services.dedup_by(|later, earlier| later.0 == earlier.0);
+        Self(services.into())
     }
 }
 

@@ -82,8 +82,8 @@ fn security_policy(security: Security) -> &'static str {
 /// The principal is the verified identity only; the namespace may come from it when the workload itself is not known.
 fn push_workload(key: &mut String, workload: Option<&Workload>, verified: Option<&SpiffeId>) {
     let field = |value: fn(&Workload) -> &str| workload.map_or("", value);
-    push(key, field(|workload| &workload.telemetry.workload));
-    push(key, field(|workload| &workload.telemetry.canonical_name));
+    push(key, field(|workload| workload.workload_name()));
+    push(key, field(|workload| workload.canonical_name()));
     push(key, field(|workload| &workload.telemetry.canonical_revision));
     push(key, workload.map(|workload| &workload.identity).or(verified).map_or("", SpiffeId::namespace));
     key.push(SEPARATOR);

@@ -217,7 +217,7 @@ mod tests {
     fn named(name: &str) -> ConnectionInfo {
         let mut info = info();
         let mut workload = info.source.as_deref().expect("a source").clone();
-        Arc::make_mut(&mut workload.telemetry).workload = name.into();
+        Arc::make_mut(&mut workload.telemetry).workload = Some(name.into());
         info.source = Some(Arc::new(workload));
         info
     }

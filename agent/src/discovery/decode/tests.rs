@@ -44,6 +44,25 @@ fn what_a_pod_leaves_out_has_its_documented_meaning() {
 }
 
 #[test]
+fn telemetry_has_the_names_that_were_given() {
+    let names = |workload_name: &str, canonical_name: &str| {
+        let (workload_name, canonical_name) = (workload_name.to_owned(), canonical_name.to_owned());
+        let message = workload::Workload { workload_name, canonical_name, ..pod("a", [10, 0, 0, 1]) };
+        let Ok(Decoded::Workload { workload, .. }) = decode_address(&pod_resource(message)) else { panic!("a legal pod") };
+        assert_eq!(&*workload.name, "a");
+        (workload.workload_name().to_owned(), workload.canonical_name().to_owned())
+    };
+    for (workload_name, canonical_name) in
+        [("a", "a"), ("a", "b"), ("b", "a"), ("b", "b"), ("b", "c"), ("", "a"), ("a", ""), ("", "")]
+    {
+        assert_eq!(names(workload_name, canonical_name), (workload_name.to_owned(), canonical_name.to_owned()));
+    }
+    let stranger = workload::Workload { uid: "elsewhere".to_owned(), ..pod("a", [10, 0, 0, 1]) };
+    let Ok(Decoded::Workload { workload, .. }) = decode_address(&pod_resource(stranger)) else { panic!("a legal pod") };
+    assert_eq!((&*workload.uid, &*workload.name), ("elsewhere", "a"), "a UID may be of any form");
+}
+
+#[test]
 fn each_bad_field_of_a_pod_is_named() {
     let check = |field: &str, spoil: &dyn Fn(&mut workload::Workload)| {
         let mut message = pod("a", [10, 0, 0, 1]);

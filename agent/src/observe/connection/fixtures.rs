@@ -18,9 +18,9 @@ pub(crate) fn workload(namespace: &str, name: &str, address: &str) -> Workload {
         host_network: false,
         healthy: true,
         telemetry: Arc::new(TelemetryNames {
-            workload: name.into(),
+            workload: Some(name.into()),
             workload_type: WorkloadType::Deployment,
-            canonical_name: name.into(),
+            canonical_name: None,
             canonical_revision: "v1".into(),
         }),
         services: Arc::default(),

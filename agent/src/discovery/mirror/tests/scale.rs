@@ -49,7 +49,7 @@ fn mesh(size: usize) -> Mirror {
     mirror.apply(Kind::Mesh, &response(MESH_TYPE, vec![mesh_resource("td", &[])], &[]), |_| false);
     mirror.apply(Kind::Authorization, &response(AUTHORIZATION_TYPE, Vec::new(), &[]), |_| false);
     let mut numbers: Vec<_> = (0..size).collect();
-    numbers.sort_by_key(|number| workload(*number).uid);
+    numbers.sort_by_cached_key(|number| workload(*number).uid);
     for part in numbers.chunks(1000) {
         let resources = part.iter().map(|number| resource_of(workload(*number))).collect();
         let mut part = response(ADDRESS_TYPE, resources, &[]);
@@ -62,7 +62,7 @@ fn mesh(size: usize) -> Mirror {
     mirror
 }
 
-/// Pods of services all over some namespaces and nodes.
+/// Pods of services all over some namespaces and nodes. Nothing made them, so that their names for telemetry are their own, too.
 fn workload(number: usize) -> crate::proto::workload::Workload {
     let group = number / A_SERVICE;
     let (name, namespace) = (format!("app-{group}-{number}"), namespace_of(group));
@@ -73,8 +73,8 @@ fn workload(number: usize) -> crate::proto::workload::Workload {
         namespace,
         service_account: format!("app-{group}"),
         node: format!("node-{}", number % 1000),
-        workload_name: format!("app-{group}"),
-        workload_type: WorkloadType::Deployment as i32,
+        workload_name: name.clone(),
+        workload_type: WorkloadType::Pod as i32,
         canonical_name: format!("app-{group}"),
         canonical_revision: "latest".to_owned(),
         services: [(service_key(number), ports)].into(),
