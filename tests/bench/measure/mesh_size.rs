@@ -20,7 +20,7 @@ const SIZES: [(usize, [&str; 3]); 2] =
 /// Workloads for each service, and in each file of manifests.
 const A_SERVICE: usize = 10;
 const A_FILE: usize = 10_000;
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 /// The node whose agent is looked at.
 const NODE: usize = 1;
 
