@@ -4,7 +4,7 @@
 use prost_types::Any;
 
 use super::*;
-use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
+use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE, PEER_AUTHENTICATION_TYPE};
 
 /// A field that no version has yet, of each wire type.
 const NEWER: &[&[u8]] =
@@ -163,4 +163,30 @@ fn an_authorization_of_today_is_read() {
     assert_eq!((&condition.destination_ports[..], &condition.not_destination_ports[..]), (&[9][..], &[10][..]));
     let names = [&condition.service_accounts, &condition.not_service_accounts].map(|list| list[0].service_account.to_string());
     assert_eq!(names, ["k", "l"]);
+}
+
+#[test]
+fn settings_of_an_older_and_of_a_newer_controller_are_read() {
+    let read = |fields: Vec<u8>| match mesh(&resource(MESH_TYPE, "mesh", fields), MESH_TYPE) {
+        Ok(Decoded::Mesh(mesh)) => mesh,
+        other => panic!("{other:?}"),
+    };
+    let old = read(bytes(1, "td.example"));
+    assert_eq!((old.trust_domain.as_str(), old.default_deny, old.cluster_ranges.len()), ("td.example", false, 0));
+    let new = read(message(&[bytes(1, "td.example"), number(2, 1), bytes(3, "10.96.0.0/12")]));
+    assert_eq!((new.trust_domain.as_str(), new.default_deny, new.cluster_ranges.len()), ("td.example", true, 1));
+    let mode_of = |modes: Vec<u8>| {
+        let config = message(&[bytes(1, PEER_AUTHENTICATION_TYPE), bytes(2, modes)]);
+        let workload = message(&[
+            bytes(2, "shop"),
+            bytes(3, [10, 0, 0, 7]),
+            bytes(20, "uid"),
+            bytes(26, message(&[bytes(1, "peer_authentication"), bytes(2, config)])),
+        ]);
+        let Decoded::Workload { workload, .. } = decoded("uid", message(&[bytes(1, workload)])) else { panic!("a workload") };
+        [80, 81].map(|port| workload.peer_authentication.mode_of(port))
+    };
+    assert_eq!(mode_of(number(1, 1)), [Mode::Strict, Mode::Strict]);
+    let port = message(&[number(1, 81), number(2, 2)]);
+    assert_eq!(mode_of(message(&[number(1, 1), bytes(2, port)])), [Mode::Strict, Mode::Disable]);
 }
