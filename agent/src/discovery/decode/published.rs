@@ -59,7 +59,7 @@ fn decoded(name: &str, address: Vec<u8>) -> Decoded {
 }
 
 fn address_of(name: &str, value: Vec<u8>) -> Result<Decoded, DecodeError> {
-    address(&resource(ADDRESS_TYPE, name, value), ADDRESS_TYPE, &"cluster.local".parse().expect("legal"))
+    address(&resource(ADDRESS_TYPE, name, value), ADDRESS_TYPE, &"cluster.local".parse().expect("legal"), &mut Shared::default())
 }
 
 #[test]
@@ -98,7 +98,7 @@ fn a_workload_of_today_is_read() {
         panic!("a workload")
     };
     assert_eq!(workload.identity.to_string(), "spiffe://td.example/ns/shop/sa/cart");
-    assert_eq!(workload.addresses, ["10.0.0.7".parse::<IpAddr>().expect("legal")]);
+    assert_eq!(*workload.addresses, ["10.0.0.7".parse::<IpAddr>().expect("legal")]);
     assert_eq!((&*workload.name, &*workload.node), ("cart-1", "node-a"));
     assert_eq!(workload.target_port("shop/cart.shop.svc", 80), Some(8080));
     assert!(workload.enrolled() && !workload.healthy);
