@@ -191,7 +191,7 @@ fn an_authorization_has_the_published_numbers() {
 }
 
 #[test]
-fn every_field_of_a_workload_and_of_a_service_has_its_published_number() {
+fn every_field_of_a_workload_has_its_published_number() {
     let config = Some(Any { type_url: "t".to_owned(), value: vec![0] });
     let workload = Workload {
         name: "name".to_owned(),
@@ -250,6 +250,12 @@ fn every_field_of_a_workload_and_of_a_service_has_its_published_number() {
         26.2.2: [0]
     "#;
     check(&workload.encode_to_vec(), &["22", "22.2", "22.2.1", "26", "26.2"], expected);
+    assert_eq!([WorkloadType::Deployment, WorkloadType::Cronjob, WorkloadType::Pod].map(i32::from), [0, 1, 2]);
+    assert_eq!((TunnelProtocol::None as i32, WorkloadStatus::Healthy as i32, NetworkMode::Standard as i32), (0, 0, 0));
+}
+
+#[test]
+fn every_field_of_a_service_has_its_published_number() {
     let service = Service {
         name: "name".to_owned(),
         namespace: "namespace".to_owned(),
@@ -278,8 +284,6 @@ fn every_field_of_a_workload_and_of_a_service_has_its_published_number() {
         9: 3
     "#;
     check(&service.encode_to_vec(), &["4", "5", "8"], expected);
-    assert_eq!([WorkloadType::Deployment, WorkloadType::Cronjob, WorkloadType::Pod].map(i32::from), [0, 1, 2]);
-    assert_eq!((TunnelProtocol::None as i32, WorkloadStatus::Healthy as i32, NetworkMode::Standard as i32), (0, 0, 0));
 }
 
 #[test]
