@@ -6,10 +6,10 @@ use serde_json::json;
 
 const ROUNDS: usize = 5;
 /// In each round, on both nodes.
-const PODS: usize = 10;
+const PODS: usize = 40;
 
 #[test]
-fn fifty_pods_come_talk_and_go_under_traffic_that_does_not_fail_once() {
+fn two_hundred_pods_come_talk_and_go_under_traffic_that_does_not_fail_once() {
     let cluster = Cluster;
     let nodes = cluster.nodes();
     let namespace = cluster.namespace("churn", &[ENROLLED]);
@@ -17,7 +17,7 @@ fn fifty_pods_come_talk_and_go_under_traffic_that_does_not_fail_once() {
     let server = format!("{}:8080", cluster.pods(&[PodSpec::new(namespace.name(), "server", &nodes[1])])[0]);
     let mut capture = cluster.capture(&nodes[1]);
     cluster.start_traffic(namespace.name(), "traffic", &nodes[0], &server, "said-by-traffic");
-    let arguments = ["connect", &server, "--say", "said-in-passing", "--retry-for", "30"];
+    let arguments = ["connect", &server, "--say", "said-in-passing", "--retry-for", "60"];
     for round in 0..ROUNDS {
         let names: Vec<String> = (0..PODS).map(|number| format!("passer-{round}-{number}")).collect();
         let pods = names.iter().enumerate().map(|(number, name)| {

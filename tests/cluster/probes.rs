@@ -83,15 +83,17 @@ fn a_pod_in_the_nodes_network_that_calls_itself_the_kubelet_is_refused_under_str
     let server = probed(namespace.name(), "server", node, &json!({"tcpSocket": {"port": 8080}}));
     let addresses = cluster.pods(&[server, imitator]);
     let server = format!("{}:8080", addresses[0]);
-    let imitate = || {
+    let as_kubelet = |words: &str| {
         // A process is called like the file that it was started from.
-        let script = format!("cp /app /tmp/kubelet && exec /tmp/kubelet connect {server} --say let-me-in");
-        harness::cluster::seen(
-            &cluster.exec(namespace.name(), "imitator", &["sh", "-c", &script]).unwrap_or_else(|failure| failure),
-        )
+        let script = format!("cp /app /tmp/kubelet && exec /tmp/kubelet {words}");
+        cluster.exec(namespace.name(), "imitator", &["sh", "-c", &script])
     };
+    let imitate =
+        || harness::cluster::seen(&as_kubelet(&format!("connect {server} --say let-me-in")).unwrap_or_else(|failure| failure));
+    let ask_grpc = || as_kubelet(&format!("grpc-health {}:8082", addresses[0]));
     // It comes from the kubelet's own address.
     let seen = imitate().expect("a permissive pod takes plaintext");
+    ask_grpc().expect("gRPC as well");
     let probes = cluster.outcomes(node, "admitted_probe");
     cluster.mode(namespace.name(), "STRICT");
     eventually_within(Duration::from_secs(20), "the imitator is refused", || {
@@ -100,6 +102,8 @@ fn a_pod_in_the_nodes_network_that_calls_itself_the_kubelet_is_refused_under_str
     let dropped = cluster.outcomes(node, "dropped_plaintext");
     assert_eq!(imitate(), Err(Refusal("ConnectionRefused".to_owned())), "it came from {}", seen.local);
     assert!(cluster.outcomes(node, "dropped_plaintext") > dropped, "nothing was dropped");
+    let refused = ask_grpc().expect_err("so is its question for the server's health");
+    assert!(refused.contains("refused"), "{refused}");
     if cluster.is_ours() {
         // All that the imitator lacks is its place among the node's processes.
         let script = format!(
@@ -110,6 +114,15 @@ fn a_pod_in_the_nodes_network_that_calls_itself_the_kubelet_is_refused_under_str
         cluster
             .on_node(node, &["curl", "--max-time", "5", &format!("http://{}:8081/", addresses[0])])
             .expect_err("another is not");
+        // What a kubelet does for a gRPC probe, which the API server of this cluster may not offer: the empty question, and SERVING.
+        let script = format!(
+            "printf '\\0\\0\\0\\0\\0' | /tmp/kubelet --silent --show-error --max-time 5 --http2-prior-knowledge --data-binary @- \
+             --header 'content-type: application/grpc' --header 'te: trailers' \
+             http://{}:8082/grpc.health.v1.Health/Check | od -A n -t x1",
+            addresses[0]
+        );
+        let health = cluster.on_node(node, &["sh", "-c", &script]).expect("a kubelet's question for health is let in");
+        assert_eq!(health.trim(), "00 00 00 00 02 08 01");
     }
     // The kubelet goes on meanwhile.
     eventually_within(Duration::from_secs(20), "probes go on", || cluster.outcomes(node, "admitted_probe") >= probes + 6);

@@ -1,10 +1,13 @@
 //! `cargo xtask demo`: two nodes and four pods as network namespaces, a controller, two agents, nginx and curl. Six steps, each of which
 //! checks what it says; the exit code is 0 only if all of them hold.
 //!
+//! With `--cluster` it is a Kubernetes cluster instead, with pods and Istio's manifests: see [`cluster`].
+//!
 //! Nothing that is printed is known beforehand: it comes from the programs' own output, from a capture between the nodes, from the
 //! agents' access logs and from their admin interfaces.
 
 mod application;
+mod cluster;
 mod handshake;
 mod lab;
 mod mesh;
@@ -38,6 +41,9 @@ struct Arguments {
     /// Removes what --keep left, and does nothing else.
     #[arg(long, conflicts_with = "keep")]
     remove: bool,
+    /// Shows it on the cluster that KUBECONFIG names, on which Culvert is installed.
+    #[arg(long, conflicts_with = "remove")]
+    cluster: bool,
 }
 
 fn main() -> ExitCode {
@@ -53,6 +59,9 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<bool> {
+    if arguments.cluster {
+        return Ok(cluster::show(&arguments.culvert, arguments.keep));
+    }
     let lab = Lab::claim()?;
     lab.remove().context("removing what an earlier run left")?;
     if arguments.remove {

@@ -206,7 +206,7 @@ fn a_tunnel_carries_nothing_new_when_its_client_s_certificate_has_ended() {
     app::server(&server.netns, PORT, app::echo);
     let thief = mesh.pod(PodSpec { name: "thief", namespace: "shop", node: 0, enrolled: false });
     let right = Forge::of_controller(&mesh);
-    let (tunnels, echo) = (SocketAddr::new(server.v4.into(), 15008), server.at(false, PORT));
+    let (tunnels, echo) = (SocketAddr::new(server.v4, 15008), server.at(false, PORT));
     eventually("a client with a good certificate is served", || {
         peer::dial(&thief.netns, server.v4, Some(right.make(&Wanted::workload(CLIENT))), echo, "hello").is_ok()
     });

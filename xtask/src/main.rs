@@ -6,6 +6,7 @@ mod cluster;
 mod fuzz;
 mod generated;
 mod image;
+mod installed;
 mod launch;
 mod run;
 mod setup;
@@ -65,6 +66,9 @@ enum Verb {
     },
     /// Shows the main job: two nodes, four pods, nginx and curl, beside what the wire sees.
     Demo {
+        /// On a Kubernetes cluster of two nodes, which is made for it, with pods: by kind where Docker works.
+        #[arg(long)]
+        cluster: bool,
         /// Leaves everything running, and says how to use it.
         #[arg(long)]
         keep: bool,
@@ -86,7 +90,8 @@ fn main() -> ExitCode {
         Verb::Test { suite, filter, cluster } => test::run(suite, filter.as_deref(), &cluster),
         Verb::Fuzz { target, seconds } => fuzz::explore(target.as_deref(), seconds),
         Verb::Cluster(arguments) => cluster::run(arguments),
-        Verb::Demo { keep, remove } => launch::demo(keep, remove),
+        Verb::Demo { cluster: false, keep, remove } => launch::demo(keep, remove),
+        Verb::Demo { cluster: true, keep, remove } => installed::demo(keep, remove),
         Verb::Bench(arguments) => bench::bench(&arguments),
     };
     match done {

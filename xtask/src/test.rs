@@ -1,18 +1,20 @@
 //! `test`: the suites, in the order of what they rest on.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::cluster::{Cluster, Up};
-use crate::run::{cargo, root, run as run_program};
+use crate::cluster::Cluster;
+use crate::run::{cargo, run as run_program};
 use crate::setup::{self, Scope};
-use crate::{image, launch, tidy};
+use crate::{installed, launch, tidy};
 
 /// The name of the cluster that the tests make for themselves, so that nobody's own is disturbed.
 const CLUSTER: &str = "test";
+/// What they install with. An agent that is told to stop refuses new connections for as long as it drains: a short while says as much as a long
+/// one.
+const VALUES: &[&str] = &["agent.drainTimeout=2s"];
 
 /// A suite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -117,37 +119,17 @@ fn cluster(filter: Option<&str>, options: &ClusterOptions) -> Result<()> {
     command.args(["--", "--test-threads=1"]).env("CULVERT_BIN", &binary);
     if let Some(kubeconfig) = &options.kubeconfig {
         let kubeconfig = std::fs::canonicalize(kubeconfig).with_context(|| format!("looking for {}", kubeconfig.display()))?;
-        install(&binary, &kubeconfig)?;
+        installed::install(&binary, &kubeconfig, VALUES)?;
         return run_program(command.env("KUBECONFIG", kubeconfig));
     }
-    let images = root().join("target/cluster-images");
-    std::fs::create_dir_all(&images)?;
-    image::make(&image::ImageArgs::of(&binary, &images.join("culvert.tar")))?;
     let cluster = Cluster::named(CLUSTER)?;
-    cluster.up(&Up { images: vec![images], ..Up::two_nodes() })?;
-    let outcome = (|| {
-        let mut agents = Command::new(cluster.kubectl_program()?);
-        agents.arg("--kubeconfig").arg(cluster.kubeconfig()).args(["get", "daemonset", "--all-namespaces", "--output=name"]);
-        if String::from_utf8_lossy(&agents.output()?.stdout).contains("culvert-agent") {
-            // What runs there is of an earlier image.
-            run_program(Command::new(&binary).args(["uninstall", "--kubeconfig"]).arg(cluster.kubeconfig()))?;
-        }
-        install(&binary, &cluster.kubeconfig())?;
-        command.env("KUBECONFIG", cluster.kubeconfig()).env("CULVERT_KUBECTL", cluster.kubectl_program()?);
-        command.env("CULVERT_CLUSTER", CLUSTER).env("CULVERT_XTASK", std::env::current_exe()?);
+    let outcome = installed::up(CLUSTER, &binary, VALUES).and_then(|cluster| {
+        installed::hand_over(&cluster, CLUSTER, &mut command)?;
         run_program(&mut command)
-    })();
+    });
     if options.keep {
         return outcome;
     }
     let removed = cluster.down();
     outcome.and(removed)
-}
-
-/// Installs by the command that users have. An agent that is told to stop refuses new connections for as long as it drains: a short while
-/// says as much as a long one.
-fn install(binary: &Path, kubeconfig: &Path) -> Result<()> {
-    let mut command = Command::new(binary);
-    command.args(["install", "--set", "agent.drainTimeout=2s", "--kubeconfig"]).arg(kubeconfig);
-    run_program(&mut command)
 }

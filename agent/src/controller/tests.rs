@@ -5,6 +5,7 @@ mod discovery;
 mod hostile;
 mod lifecycle;
 mod on_kubernetes;
+mod versions;
 mod wire;
 
 use std::fs;

@@ -492,4 +492,6 @@ pub(super) fn quote(text: &str) -> String {
 }
 
 #[cfg(test)]
+mod published;
+#[cfg(test)]
 mod tests;

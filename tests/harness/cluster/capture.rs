@@ -23,6 +23,8 @@ pub struct Flow {
     pub destination: String,
     /// Whether its first bytes are a TLS record of a handshake.
     pub tls: bool,
+    /// Those first bytes, a few of them.
+    pub first: Vec<u8>,
 }
 
 /// A capture that is running on a node.
@@ -81,6 +83,7 @@ impl NodeCapture {
             source: text(flow, "source"),
             destination: text(flow, "destination"),
             tls: flow["tls"] == true,
+            first: serde_json::from_value(flow["first"].clone()).unwrap_or_default(),
         };
         flows.iter().map(read).collect()
     }

@@ -1,11 +1,16 @@
 //! Culvert as it is installed on the cluster: its agents, what they count and what they tell, and the user's policies.
 
+use std::process::Command;
+
 use serde_json::{Value, json};
 
-use super::Cluster;
+use super::{Cluster, text};
 
 /// Where Culvert is installed.
 pub const CULVERT: &str = "culvert-system";
+/// The values that the suite installs with: an agent that is told to stop refuses new connections for as long as it drains, and a short while
+/// says as much as a long one.
+const VALUES: &[&str] = &["agent.drainTimeout=2s"];
 /// The label of a namespace whose pods are in the mesh.
 pub const ENROLLED: (&str, &str) = ("culvert.dev/mesh", "enabled");
 
@@ -24,6 +29,20 @@ impl Cluster {
         };
         let agent = pods.iter().find(is_agent).unwrap_or_else(|| panic!("{node} has no agent"));
         agent["metadata"]["name"].as_str().expect("a pod has a name").to_owned()
+    }
+
+    /// Installs Culvert anew with these values over the suite's own, as an upgrade does, and gives what the command says.
+    ///
+    /// # Panics
+    /// When it fails.
+    #[must_use]
+    pub fn install(&self, values: &[&str]) -> String {
+        let mut command = Command::new(std::env::var_os("CULVERT_BIN").expect("CULVERT_BIN names the binary under test"));
+        command.arg("install").arg("--kubeconfig").arg(std::env::var_os("KUBECONFIG").expect("KUBECONFIG names the cluster"));
+        for value in [VALUES, values].concat() {
+            command.args(["--set", value]);
+        }
+        text(&command.output().expect("culvert starts")).expect("the installation succeeds")
     }
 
     /// What the agent of a node counts for a series, which is 0 until there is something to count.

@@ -21,10 +21,10 @@ use crate::proto::ADDRESS_TYPE;
 use crate::proto::ca::istio_certificate_service_client::IstioCertificateServiceClient;
 
 const AGENT: &str = "system:serviceaccount:culvert-system:culvert-agent";
-const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
+pub(super) const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
 
 /// A cluster with an agent on each of two nodes.
-fn cluster() -> ApiServer {
+pub(super) fn cluster() -> ApiServer {
     let server = ApiServer::with(super::NODES);
     for node in ["node-a", "node-b"] {
         server.put(&format!(
@@ -37,7 +37,7 @@ fn cluster() -> ApiServer {
     server
 }
 
-async fn replica(server: &ApiServer) -> RunningController {
+pub(super) async fn replica(server: &ApiServer) -> RunningController {
     let kubernetes = KubernetesConfig {
         kubeconfig: None,
         namespace: "culvert-system".to_owned(),
@@ -53,7 +53,7 @@ async fn replica(server: &ApiServer) -> RunningController {
 }
 
 /// The token of the agent on a node, as the API server knows it.
-fn token(server: &ApiServer, node: &str) -> String {
+pub(super) fn token(server: &ApiServer, node: &str) -> String {
     let exp = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() + 3600;
     let claims = json!({ "aud": ["culvert-controller"], "sub": AGENT, "exp": exp });
     let text = format!("e30.{}.{}", URL_SAFE_NO_PAD.encode(claims.to_string()), URL_SAFE_NO_PAD.encode(node));
@@ -73,14 +73,14 @@ fn authorized<T>(token: &str, message: T) -> Request<T> {
 }
 
 /// The root as it is published.
-async fn root(server: &ApiServer) -> CertificateDer<'static> {
+pub(super) async fn root(server: &ApiServer) -> CertificateDer<'static> {
     let published = |server: &ApiServer| server.object("", "configmaps", "culvert-system", CONFIG_MAP);
     server.until("the root is published", |server| published(server).is_some()).await;
     let text = published(server).unwrap()["data"][KEY].as_str().unwrap().to_owned();
     CertificateDer::from_pem_slice(text.as_bytes()).unwrap()
 }
 
-async fn certificate(
+pub(super) async fn certificate(
     server: &ApiServer,
     replica: &RunningController,
     token: &str,

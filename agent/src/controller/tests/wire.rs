@@ -10,8 +10,16 @@ use prost_types::{Any, Struct, Value, value::Kind};
 
 use crate::controller::index::ResourceKind;
 use crate::controller::index::tests::World;
-use crate::proto::ca::{IstioCertificateRequest, IstioCertificateResponse};
-use crate::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status};
+use crate::proto::ca::{IstioCertificateRequest, IstioCertificateResponse, istio_certificate_service_server};
+use crate::proto::discovery::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status, aggregated_discovery_service_server,
+};
+use crate::proto::security::{self, Match, ServiceAccountMatch, StringMatch, string_match::MatchType};
+use crate::proto::workload::{
+    Extension, LoadBalancing, NetworkAddress, NetworkMode, Port, PortList, Service, TunnelProtocol, Workload, WorkloadStatus,
+    WorkloadType,
+};
+use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 
 const SHOP: &str = "
 apiVersion: v1
@@ -180,6 +188,167 @@ fn an_authorization_has_the_published_numbers() {
         6: 1
     "#;
     check(&bytes, &messages, expected);
+}
+
+#[test]
+fn every_field_of_a_workload_has_its_published_number() {
+    let config = Some(Any { type_url: "t".to_owned(), value: vec![0] });
+    let workload = Workload {
+        name: "name".to_owned(),
+        namespace: "namespace".to_owned(),
+        addresses: vec![vec![10, 1, 0, 2], vec![10, 1, 0, 3]],
+        network: "network".to_owned(),
+        tunnel_protocol: TunnelProtocol::Hbone.into(),
+        trust_domain: "domain".to_owned(),
+        service_account: "account".to_owned(),
+        node: "node".to_owned(),
+        canonical_name: "canonical".to_owned(),
+        canonical_revision: "revision".to_owned(),
+        workload_type: WorkloadType::Job.into(),
+        workload_name: "maker".to_owned(),
+        native_tunnel: true,
+        authorization_policies: vec!["policy".to_owned()],
+        status: WorkloadStatus::Unhealthy.into(),
+        cluster_id: "cluster".to_owned(),
+        uid: "uid".to_owned(),
+        hostname: "hostname".to_owned(),
+        services: [("service".to_owned(), PortList { ports: vec![Port { service_port: 80, target_port: 81 }] })].into(),
+        network_mode: NetworkMode::HostNetwork.into(),
+        extensions: vec![Extension { name: "extension".to_owned(), config }],
+    };
+    let expected = r#"
+        1: "name"
+        2: "namespace"
+        3: [10, 1, 0, 2]
+        3: [10, 1, 0, 3]
+        4: "network"
+        5: 1
+        6: "domain"
+        7: "account"
+        9: "node"
+        10: "canonical"
+        11: "revision"
+        12: 3
+        13: "maker"
+        14: 1
+        16: "policy"
+        17: 1
+        18: "cluster"
+        20: "uid"
+        21: "hostname"
+        22
+        22.1: "service"
+        22.2
+        22.2.1
+        22.2.1.1: 80
+        22.2.1.2: 81
+        25: 1
+        26
+        26.1: "extension"
+        26.2
+        26.2.1: "t"
+        26.2.2: [0]
+    "#;
+    check(&workload.encode_to_vec(), &["22", "22.2", "22.2.1", "26", "26.2"], expected);
+    assert_eq!([WorkloadType::Deployment, WorkloadType::Cronjob, WorkloadType::Pod].map(i32::from), [0, 1, 2]);
+    assert_eq!((TunnelProtocol::None as i32, WorkloadStatus::Healthy as i32, NetworkMode::Standard as i32), (0, 0, 0));
+}
+
+#[test]
+fn every_field_of_a_service_has_its_published_number() {
+    let service = Service {
+        name: "name".to_owned(),
+        namespace: "namespace".to_owned(),
+        hostname: "hostname".to_owned(),
+        addresses: vec![NetworkAddress { network: "network".to_owned(), address: vec![10, 96, 0, 9] }],
+        ports: vec![Port { service_port: 80, target_port: 81 }],
+        subject_alt_names: vec!["san".to_owned()],
+        load_balancing: Some(LoadBalancing { routing_preference: vec![4], mode: 2, health_policy: 1 }),
+        ip_families: 3,
+    };
+    let expected = r#"
+        1: "name"
+        2: "namespace"
+        3: "hostname"
+        4
+        4.1: "network"
+        4.2: [10, 96, 0, 9]
+        5
+        5.1: 80
+        5.2: 81
+        6: "san"
+        8
+        8.1: [4]
+        8.2: 2
+        8.3: 1
+        9: 3
+    "#;
+    check(&service.encode_to_vec(), &["4", "5", "8"], expected);
+}
+
+#[test]
+fn every_condition_of_an_authorization_has_its_published_number() {
+    let text = |kind| vec![StringMatch { match_type: Some(kind) }];
+    let block = |address: [u8; 4]| vec![security::Address { address: address.to_vec(), length: 32 }];
+    let account = |name: &str| vec![ServiceAccountMatch { namespace: "n".to_owned(), service_account: name.to_owned() }];
+    let condition = Match {
+        namespaces: text(MatchType::Exact("1".to_owned())),
+        not_namespaces: text(MatchType::Prefix("2".to_owned())),
+        principals: text(MatchType::Suffix("3".to_owned())),
+        not_principals: text(MatchType::Presence(())),
+        source_ips: block([0, 0, 0, 5]),
+        not_source_ips: block([0, 0, 0, 6]),
+        destination_ips: block([0, 0, 0, 7]),
+        not_destination_ips: block([0, 0, 0, 8]),
+        destination_ports: vec![9],
+        not_destination_ports: vec![10],
+        service_accounts: account("11"),
+        not_service_accounts: account("12"),
+    };
+    let expected = r#"
+        1
+        1.1: "1"
+        2
+        2.2: "2"
+        3
+        3.3: "3"
+        4
+        4.4: ""
+        5
+        5.1: [0, 0, 0, 5]
+        5.2: 32
+        6
+        6.1: [0, 0, 0, 6]
+        6.2: 32
+        7
+        7.1: [0, 0, 0, 7]
+        7.2: 32
+        8
+        8.1: [0, 0, 0, 8]
+        8.2: 32
+        9: [9]
+        10: [10]
+        11
+        11.1: "n"
+        11.2: "11"
+        12
+        12.1: "n"
+        12.2: "12"
+    "#;
+    check(&condition.encode_to_vec(), &["1", "2", "3", "4", "5", "6", "7", "8", "11", "12"], expected);
+    assert_eq!([security::Action::Allow, security::Action::Deny].map(i32::from), [0, 1]);
+    assert_eq!(
+        [security::Scope::Global, security::Scope::Namespace, security::Scope::WorkloadSelector].map(i32::from),
+        [0, 1, 2]
+    );
+}
+
+#[test]
+fn services_and_types_have_the_published_names() {
+    assert_eq!(istio_certificate_service_server::SERVICE_NAME, "istio.v1.auth.IstioCertificateService");
+    assert_eq!(aggregated_discovery_service_server::SERVICE_NAME, "envoy.service.discovery.v3.AggregatedDiscoveryService");
+    assert_eq!(ADDRESS_TYPE, "type.googleapis.com/istio.workload.Address");
+    assert_eq!(AUTHORIZATION_TYPE, "type.googleapis.com/istio.security.Authorization");
 }
 
 #[test]

@@ -18,6 +18,8 @@ use nix::sys::time::TimeVal;
 use serde_json::{Value, json};
 
 const LOOK: Duration = Duration::from_millis(10);
+/// So many bytes of what is said first are told.
+const SHOWN: usize = 24;
 /// No more than this is kept, in bytes.
 const KEPT: usize = 512 << 20;
 
@@ -78,8 +80,7 @@ fn answer(question: &Value, frames: &[Frame]) -> Value {
         let Some((source, destination, payload)) = segment(&frame.bytes) else { continue };
         let key = (frame.interface, source, destination);
         if !payload.is_empty() && !flows.contains_key(&key) {
-            // A record of a handshake, of any version.
-            flows.insert(key, payload.starts_with(&[22, 3]));
+            flows.insert(key, &payload[..payload.len().min(SHOWN)]);
             order.push(key);
         }
     }
@@ -87,7 +88,10 @@ fn answer(question: &Value, frames: &[Frame]) -> Value {
         let (interface, source, destination) = key;
         let interface = if_indextoname(u32::try_from(interface).unwrap_or_default()).ok();
         let interface = interface.and_then(|name| name.into_string().ok()).unwrap_or_default();
-        json!({"interface": interface, "source": source, "destination": destination, "tls": flows[&key]})
+        let first = flows[&key];
+        // A record of a handshake, of any version.
+        let tls = first.starts_with(&[22, 3]);
+        json!({"interface": interface, "source": source, "destination": destination, "tls": tls, "first": first})
     });
     told.collect()
 }
