@@ -24,6 +24,7 @@ pub mod pod;
 pub mod probe;
 mod readiness;
 mod routing;
+mod same_node;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -45,6 +46,7 @@ pub use load::remove;
 pub use maps::Maps;
 pub use netns::{DELIVERY_MARK, DELIVERY_TABLE, Netns};
 pub use pod::LocalPod;
+pub use same_node::{SameNodeConnection, SameNodeEvents, SameNodeMaps};
 
 use crate::model::Snapshot;
 
@@ -222,6 +224,18 @@ impl Capture {
     #[must_use]
     pub fn maps(&self) -> Maps {
         self.loaded.maps.clone()
+    }
+
+    /// The maps of connections between pods of the node that stay in the kernel.
+    #[must_use]
+    pub fn same_node(&self) -> SameNodeMaps {
+        self.loaded.same_node.clone()
+    }
+
+    /// What the programs tell of those connections. None: it was taken already.
+    #[must_use]
+    pub fn take_same_node_events(&mut self) -> Option<SameNodeEvents> {
+        self.loaded.same_node_events.take()
     }
 
     /// Enrols and releases pods until `shutdown`, or until nobody receives `pods`. Everything stays in force in the kernel then.

@@ -47,7 +47,7 @@ use self::serve::Shared;
 use self::source::manifests::Manifests;
 use self::source::{Batch, Feed, ObjectKey, Source};
 use crate::limits;
-use crate::model::TrustDomain;
+use crate::model::{SameNode, TrustDomain};
 use crate::observe::ControllerMetrics;
 
 /// How long open requests may take to end when the controller stops.
@@ -66,6 +66,8 @@ pub struct ControllerConfig {
     pub cert_ttl: Duration,
     /// Deny what no ALLOW policy covers.
     pub default_deny: bool,
+    /// How pods of one node speak to each other where no label says so.
+    pub same_node: SameNode,
     /// Ranges of the cluster's addresses beside those that nodes declare.
     pub cluster_ranges: Vec<IpNet>,
     /// Policies of this namespace apply to the whole mesh.
@@ -173,6 +175,7 @@ impl ControllerConfig {
             root_namespace: self.root_namespace.clone(),
             cluster_domain: self.cluster_domain.clone(),
             default_deny: self.default_deny,
+            same_node: self.same_node,
             cluster_ranges: self.cluster_ranges.iter().map(IpNet::trunc).collect(),
             excluded_namespaces,
         }

@@ -29,11 +29,12 @@ use crate::drain::Drain;
 use crate::identity::SvidStore;
 use crate::limits::{Antechamber, Share, Shares};
 use crate::model::{CloseReason, Flow, Mode, PeerAddr, Snapshot, SpiffeId, Verdict, Workload};
-use crate::observe::{ConnectionInfo, CountedTunnel, Direction, Observer, OpenConnection, Side};
+use crate::observe::{ConnectionInfo, CountedTunnel, Direction, Observer, OpenConnection, Security, Side};
 use crate::open_connections::{OpenConnections, Registered};
 use crate::policy::evaluate::evaluate;
 use crate::policy::explain::explain;
 use crate::relay::{Sink, Source, relay, tcp};
+use crate::same_node::SameNode;
 use crate::serve::{Permits, serve};
 use crate::tunnel::accept::Form;
 use crate::tunnel::{TunnelError, TunnelForm, accept, tls};
@@ -56,6 +57,7 @@ pub struct Inbound {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     svids: SvidStore,
     open: Arc<OpenConnections>,
+    same_node: Arc<SameNode>,
     observer: Observer,
     drain: Drain,
     form: TunnelForm,
@@ -92,6 +94,7 @@ impl Inbound {
     pub fn new(
         snapshots: watch::Receiver<Arc<Snapshot>>,
         svids: SvidStore,
+        same_node: Arc<SameNode>,
         observer: Observer,
         drain: Drain,
         form: TunnelForm,
@@ -99,7 +102,7 @@ impl Inbound {
         let open = Arc::new(OpenConnections::default());
         let strangers = Antechamber::new(STRANGERS);
         let (server_configs, peers) = (Mutex::default(), Shares::new());
-        Arc::new(Self { snapshots, svids, open, observer, drain, form, server_configs, strangers, peers })
+        Arc::new(Self { snapshots, svids, open, same_node, observer, drain, form, server_configs, strangers, peers })
     }
 
     /// Serves the tunnels that peers open to `pod`, until the pod leaves the mesh or the agent stops.
@@ -125,24 +128,53 @@ impl Inbound {
     /// Closes those of the pod's open connections that its modes and policies deny now, also those that the kernel let through.
     /// Blocks for as long as the kernel takes to list the pod's sockets.
     pub fn recheck(&self, pod: &LocalPod) {
-        let snapshot = Arc::clone(&self.snapshots.borrow());
-        let workload = pod.workload();
-        let (policies, missing) = snapshot.policies_for(&workload);
-        let denied = |flow: &Flow| {
-            strictly_refused(&workload, flow) || !evaluate(flow, &policies, &missing, snapshot.default_deny()).verdict.allowed()
-        };
-        let mut closed = self.open.close_denied(&workload.uid, denied);
-        let direct =
-            destroy_inbound(&pod.netns, |source, destination| denied(&Flow { source_identity: None, source, destination }));
-        match direct {
-            Ok(destroyed) => closed += destroyed,
-            Err(error) => {
-                warn!(pod = %workload.name, %error, "open plaintext connections could not be held against the changed policy");
-            }
-        }
+        let (workload, denied) = (pod.workload(), self.judge(pod));
+        let closed = self.open.close_denied(&workload.uid, &denied);
+        let plaintext = |source, destination| denied(&Flow { source_identity: None, source, destination });
+        let closed = closed + self.destroy_denied(pod, &denied, plaintext);
         if closed > 0 {
             info!(pod = %workload.name, namespace = workload.identity.namespace(), closed, "closed connections that policy denies now");
         }
+    }
+
+    /// Closes those connections from pods of the node that an agent before this one has let through and that are denied by now. Blocks as
+    /// [`recheck`](Self::recheck) does.
+    pub fn recheck_inherited(&self, pod: &LocalPod) {
+        // Plaintext that was open before the pod was in the mesh goes on.
+        self.destroy_denied(pod, self.judge(pod), |_, _| false);
+    }
+
+    /// Says what mode and policies of the pod deny now.
+    fn judge(&self, pod: &LocalPod) -> impl Fn(&Flow) -> bool + use<> {
+        let (snapshot, workload) = (Arc::clone(&self.snapshots.borrow()), pod.workload());
+        let (policies, missing) = snapshot.policies_for(&workload);
+        move |flow| {
+            strictly_refused(&workload, flow) || !evaluate(flow, &policies, &missing, snapshot.default_deny()).verdict.allowed()
+        }
+    }
+
+    /// Ends connections that the kernel has let through to the pod's application; gives how many. Those from pods of the node are judged
+    /// by who opened them, the others by `plaintext`.
+    fn destroy_denied(
+        &self,
+        pod: &LocalPod,
+        denied: impl Fn(&Flow) -> bool,
+        plaintext: impl Fn(SocketAddr, SocketAddr) -> bool,
+    ) -> usize {
+        let workload = pod.workload();
+        let destroyed = destroy_inbound(&pod.netns, |source, destination| {
+            let Some(attested) = self.same_node.attested(source, destination) else { return plaintext(source, destination) };
+            let flow = Flow { source_identity: attested.identity(), source, destination };
+            let ends = attested.lacks_encryption(&workload) || denied(&flow);
+            if ends {
+                self.same_node.call_off(attested.id, CloseReason::PolicyChanged);
+            }
+            ends
+        });
+        destroyed.unwrap_or_else(|error| {
+            warn!(pod = %workload.name, %error, "open connections that the kernel let through could not be held against the changed policy");
+            0
+        })
     }
 
     /// Forgets what is kept for a pod that left the mesh. The open connections of one that is gone altogether end.
@@ -241,14 +273,27 @@ impl Inbound {
         pod: &LocalPod,
         Accepted { stream, peer: source, local }: Accepted,
     ) -> Option<(TcpStream, TcpStream, Carried)> {
-        let info = ConnectionInfo {
+        let mut info = ConnectionInfo {
             source: self.snapshots.borrow().workload_at(source.ip()).cloned(),
             destination: Some(pod.workload()),
             ..ConnectionInfo::new(Direction::Inbound, source, local)
         };
-        let flow = Arc::new(Flow { source_identity: None, source, destination: local });
-        let registered = self.open.register(&pod.workload().uid, Arc::clone(&flow));
-        match self.deliver(pod, &flow).await {
+        // From a pod of this node's, which the kernel has let go by a verdict that is void by now.
+        let attested = self.same_node.attested(source, local);
+        if let Some(attested) = &attested {
+            info.source_identity = attested.identity();
+            info.destination_identity = Some(pod.workload().identity.clone());
+            info.security = Security::Attested;
+        }
+        let flow = Arc::new(Flow { source_identity: info.source_identity.clone(), source, destination: local });
+        let registered = self.open.register_in_the_clear(&pod.workload().uid, Arc::clone(&flow));
+        let opened = if attested.is_some_and(|attested| attested.lacks_encryption(&pod.workload())) {
+            let detail = "connections between these pods of one node are to be encrypted by now".to_owned();
+            Err(Refusal { reason: CloseReason::PlaintextRefused, detail })
+        } else {
+            self.deliver_in_the_clear(pod, &flow).await
+        };
+        match opened {
             Ok(far) => Some((stream, far, Carried { open: self.observer.open(info), registered })),
             Err(Refusal { reason, detail }) => {
                 tcp::reset_on_close(&stream);
@@ -258,26 +303,25 @@ impl Inbound {
         }
     }
 
-    /// Asks mode and policy, and connects to the application.
+    /// Asks mode and policy, and connects to the application for a peer's stream.
     async fn deliver(&self, pod: &LocalPod, flow: &Flow) -> Result<TcpStream, Refusal> {
+        self.permit(&pod.workload(), flow)?;
+        let socket = delivery_socket(pod, flow)?;
+        Ok(connect::connect(socket, flow.source.ip(), None, flow.destination, DELIVERY_MARK).await?)
+    }
+
+    /// The same for a connection that came without a tunnel, beside which the kernel must be able to tell the delivery.
+    async fn deliver_in_the_clear(&self, pod: &LocalPod, flow: &Flow) -> Result<TcpStream, Refusal> {
         let workload = pod.workload();
         self.permit(&workload, flow)?;
-        let socket = || {
-            let domain = Domain::for_address(flow.destination);
-            let made = pod.netns.enter(|| Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP)));
-            made.map_err(|source| DeliverError::Socket { destination: flow.destination, source })
-        };
         let client = flow.source.ip();
-        if flow.source_identity.is_some() {
-            return Ok(connect::connect(socket()?, client, None, flow.destination, DELIVERY_MARK).await?);
-        }
         let mut refused = DeliverError::Socket { destination: flow.destination, source: std::io::ErrorKind::AddrInUse.into() };
         for _ in 0..8 {
             let port = rand::rng().random_range(SOURCE_PORTS);
             if self.open.holds_plaintext(&workload.uid, SocketAddr::new(client, port), flow.destination) {
                 continue;
             }
-            match connect::connect(socket()?, client, Some(port), flow.destination, DELIVERY_MARK).await {
+            match connect::connect(delivery_socket(pod, flow)?, client, Some(port), flow.destination, DELIVERY_MARK).await {
                 // The port is in use by another connection.
                 Err(error @ DeliverError::Socket { .. }) => refused = error,
                 answer => return Ok(answer?),
@@ -323,6 +367,13 @@ fn relay_inbound<'a>(
         let end = relay(near, (&mut source, &mut sink), (&bytes.sent, &bytes.received), &registered.cancel).await;
         open.close(end.reason(), None);
     }
+}
+
+/// A TCP socket in the pod's network namespace, for the destination's family.
+fn delivery_socket(pod: &LocalPod, flow: &Flow) -> Result<Socket, DeliverError> {
+    let domain = Domain::for_address(flow.destination);
+    let made = pod.netns.enter(|| Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP)));
+    made.map_err(|source| DeliverError::Socket { destination: flow.destination, source })
 }
 
 /// Whether the connection is plaintext to a port that takes none.

@@ -14,6 +14,7 @@
 //! | [`node`] | the agent's composition root; start here |
 //! | [`capture`] | loads the programs, enrols pods, listens in their namespaces |
 //! | [`outbound`], [`inbound`] | the two sides of a connection |
+//! | [`same_node`] | connections between pods of the node that stay in the kernel |
 //! | [`serve`], [`open_connections`], [`drain`], [`limits`] | accepting, calling off, ending and bounding connections |
 //! | [`deliver`] | connections that the agent opens from inside a pod |
 //! | [`tunnel`] | TLS, secure naming, the two forms of tunnel, the pool |
@@ -51,6 +52,7 @@ pub mod outbound;
 pub mod policy;
 pub mod proto;
 pub mod relay;
+pub mod same_node;
 pub mod serve;
 #[cfg(test)]
 mod test_memory;

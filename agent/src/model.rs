@@ -10,6 +10,7 @@ pub mod enrolment;
 pub mod flow;
 pub mod mode;
 pub mod policy_table;
+pub mod same_node;
 pub mod snapshot;
 pub mod spiffe_id;
 pub mod workload;
@@ -21,6 +22,7 @@ pub use enrolment::enrolment;
 pub use flow::{Flow, Verdict};
 pub use mode::{Mode, PeerAuthentication};
 pub use policy_table::Applicable;
+pub use same_node::SameNode;
 pub use snapshot::{Destination, Snapshot};
 pub use spiffe_id::{SpiffeId, TrustDomain};
 pub use workload::{

@@ -21,9 +21,11 @@ use crate::discovery::{Discovery, DiscoveryConfig, DiscoveryHandle};
 use crate::drain::{Drain, StopSignals};
 use crate::identity::{ControllerEndpoint, ControllerIssuer, StoreConfig, SvidStore, SystemClock};
 use crate::inbound::Inbound;
+use crate::model::SameNode as Way;
 use crate::observe::readiness::Condition;
 use crate::observe::{AdminSources, ConnectionInfo, Direction, Observer, Readiness, admin, http};
 use crate::outbound::Outbound;
+use crate::same_node::SameNode;
 use crate::serve::Permits;
 use crate::{footprint, limits};
 
@@ -62,21 +64,27 @@ pub async fn run(config: AgentConfig) -> Result<()> {
 
     let local_pods = LocalPods::default();
     observe(&config, &observer, &readiness, &discovery, &svids, &local_pods).await?;
-    let capture =
+    let mut capture =
         tokio::task::block_in_place(|| Capture::load(&load_config(&config))).context("taking over the node's connections")?;
     loaded.met();
     let maps = capture.maps();
     let outcomes = capture.maps();
     observer.metrics().read_capture_outcomes_from(Box::new(move || outcomes.outcomes()));
 
-    let outbound = Outbound::new(maps, discovery.clone(), svids.clone(), observer.clone(), drain.clone(), config.tunnel_form);
-    let inbound = Inbound::new(discovery.snapshots(), svids.clone(), observer.clone(), drain.clone(), config.tunnel_form);
+    let same_node = SameNode::new(capture.same_node(), discovery.snapshots(), observer.clone());
+    if let Some(events) = capture.take_same_node_events() {
+        tokio::spawn(Arc::clone(&same_node).run(events, capture.maps()));
+    }
+    let (form, to) = (config.tunnel_form, Arc::clone(&same_node));
+    let outbound = Outbound::new(maps, discovery.clone(), svids.clone(), to, observer.clone(), drain.clone(), form);
+    let to = Arc::clone(&same_node);
+    let inbound = Inbound::new(discovery.snapshots(), svids.clone(), to, observer.clone(), drain.clone(), form);
     let (pod_events, events) = mpsc::channel(256);
     let stop = CancellationToken::new();
     let capturing = tokio::spawn(capture.run(discovery.snapshots(), ask(discovery.clone()), pod_events, stop.clone()));
     tokio::spawn(settle(discovery.clone(), synced));
     info!(node = %config.node, controller = %config.controller, "agent started");
-    let pods = Pods { outbound, inbound, svids, observer, permits, local: local_pods };
+    let pods = Pods { outbound, inbound, same_node, svids, observer, permits, local: local_pods };
     let ended = tokio::select! {
         ended = async {
             // There are events for as long as there is capture; only its own end tells why.
@@ -137,6 +145,7 @@ impl LocalPods {
                 "identity": workload.identity.to_string(),
                 "addresses": pod.addresses,
                 "mode": workload.peer_authentication.mode.to_string(),
+                "same_node": workload.same_node.to_string(),
             })
         };
         self.with(|pods| pods.values().map(describe).collect())
@@ -147,6 +156,7 @@ impl LocalPods {
 struct Pods {
     outbound: Arc<Outbound>,
     inbound: Arc<Inbound>,
+    same_node: Arc<SameNode>,
     svids: SvidStore,
     observer: Observer,
     permits: Permits,
@@ -172,8 +182,14 @@ impl Pods {
         match event {
             PodEvent::Enrolled { pod, listeners } => self.enrolled(pod, listeners),
             PodEvent::Updated(pod) => {
-                let inbound = Arc::clone(&self.inbound);
-                tokio::task::spawn_blocking(move || inbound.recheck(&pod));
+                let (inbound, same_node) = (Arc::clone(&self.inbound), Arc::clone(&self.same_node));
+                tokio::task::spawn_blocking(move || {
+                    inbound.recheck(&pod);
+                    // What it asks for holds for the connections that it opened, too; the rest of it is others' to ask for.
+                    if pod.workload().same_node == Way::Tunnel {
+                        same_node.destinations_of(&pod).iter().for_each(|destination| inbound.recheck(destination));
+                    }
+                });
             }
             PodEvent::Released(pod) => self.released(&pod),
             PodEvent::PlaintextRefused { source, destination } => {
@@ -193,6 +209,9 @@ impl Pods {
     fn enrolled(&self, pod: Arc<LocalPod>, listeners: Vec<crate::capture::Listener>) {
         let workload = pod.workload();
         info!(pod = %workload.name, namespace = workload.identity.namespace(), addresses = ?pod.addresses, "pod enrolled");
+        self.same_node.add(&pod);
+        let (inbound, enrolled) = (Arc::clone(&self.inbound), Arc::clone(&pod));
+        tokio::task::spawn_blocking(move || inbound.recheck_inherited(&enrolled));
         for listener in listeners {
             let (pod, permits) = (Arc::clone(&pod), self.permits.clone());
             match listener.kind() {
@@ -216,6 +235,7 @@ impl Pods {
     fn released(&self, pod: &Arc<LocalPod>) {
         let workload = pod.workload();
         info!(pod = %workload.name, namespace = workload.identity.namespace(), "pod released");
+        self.same_node.remove(pod);
         self.outbound.forget(pod);
         self.inbound.forget(pod);
         let count = self.local.with(|pods| {

@@ -26,6 +26,7 @@ struct Entries {
 #[derive(Debug)]
 struct Entry {
     flow: Arc<Flow>,
+    in_the_clear: bool,
     cancel: Arc<Cancel>,
 }
 
@@ -44,14 +45,24 @@ impl OpenConnections {
     /// between the two.
     #[must_use]
     pub fn register(self: &Arc<Self>, pod: &Arc<str>, flow: Arc<Flow>) -> Registered {
+        self.enter(pod, flow, false)
+    }
+
+    /// The same for a connection without a tunnel: its ends are those of a socket in the pod's namespace.
+    #[must_use]
+    pub fn register_in_the_clear(self: &Arc<Self>, pod: &Arc<str>, flow: Arc<Flow>) -> Registered {
+        self.enter(pod, flow, true)
+    }
+
+    fn enter(self: &Arc<Self>, pod: &Arc<str>, flow: Arc<Flow>, in_the_clear: bool) -> Registered {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let cancel = Arc::new(Cancel::default());
         let mut pods = self.lock();
         let entries = pods.entry(Arc::clone(pod)).or_default();
-        if flow.source_identity.is_none() {
+        if in_the_clear {
             entries.plaintext.insert((flow.source, flow.destination));
         }
-        entries.by_id.insert(id, Entry { flow, cancel: Arc::clone(&cancel) });
+        entries.by_id.insert(id, Entry { flow, in_the_clear, cancel: Arc::clone(&cancel) });
         drop(pods);
         Registered { open: Arc::clone(self), pod: Arc::clone(pod), id, cancel }
     }
@@ -93,9 +104,7 @@ impl Drop for Registered {
         let mut pods = self.open.lock();
         let Some(entries) = pods.get_mut(&self.pod) else { return };
         // A stream's source port is the peer's word: it must not free what a plaintext connection holds.
-        if let Some(Entry { flow, .. }) = entries.by_id.remove(&self.id)
-            && flow.source_identity.is_none()
-        {
+        if let Some(Entry { flow, in_the_clear: true, .. }) = entries.by_id.remove(&self.id) {
             entries.plaintext.remove(&(flow.source, flow.destination));
         }
         if entries.by_id.is_empty() {
@@ -123,7 +132,7 @@ mod tests {
         let tunnelled = || open.register(&pod, flow(Some("spiffe://cluster.local/ns/shop/sa/cart")));
         let lasting = tunnelled();
         assert!(!held(), "a stream is no plaintext connection");
-        let plaintext = open.register(&pod, flow(None));
+        let plaintext = open.register_in_the_clear(&pod, flow(None));
         drop(tunnelled());
         assert!(held(), "the end of a stream has freed the addresses of a plaintext connection");
         drop(plaintext);

@@ -30,6 +30,7 @@ use crate::model::{CloseReason, Flow, OriginalDst, PeerAddr, Snapshot, SpiffeId,
 use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Security, Side};
 use crate::open_connections::{OpenConnections, Registered};
 use crate::relay::{Sink, Source, relay, tcp};
+use crate::same_node::SameNode;
 use crate::serve::{Permits, serve};
 use crate::tunnel::pool::Pool;
 use crate::tunnel::single::Open;
@@ -56,6 +57,7 @@ pub struct Outbound {
     pool: Pool<TunnelKey, Arc<ClientConfig>>,
     robin: RoundRobin,
     open: Arc<OpenConnections>,
+    same_node: Arc<SameNode>,
     observer: Observer,
     drain: Drain,
     form: TunnelForm,
@@ -111,13 +113,14 @@ impl Outbound {
         maps: Maps,
         discovery: DiscoveryHandle,
         svids: SvidStore,
+        same_node: Arc<SameNode>,
         observer: Observer,
         drain: Drain,
         form: TunnelForm,
     ) -> Arc<Self> {
         let snapshots = discovery.snapshots();
         let (pool, robin, open) = (Pool::new(), RoundRobin::default(), Arc::default());
-        Arc::new(Self { maps, discovery, snapshots, svids, pool, robin, open, observer, drain, form })
+        Arc::new(Self { maps, discovery, snapshots, svids, pool, robin, open, same_node, observer, drain, form })
     }
 
     /// Carries the connections that `pod` makes, until the pod leaves the mesh or the agent stops.
@@ -187,7 +190,13 @@ impl Outbound {
         let opened = match self.route(&workload, original_dst).await {
             Ok(route) => {
                 route.tell(&workload, &mut info);
-                self.open(pod, &workload, &route, source).await
+                let opened = self.open(pod, &workload, &route, source).await;
+                if opened.is_ok()
+                    && let Route::Tunnel { target, service: None, .. } = &route
+                {
+                    self.same_node.consider(pod, source, *target);
+                }
+                opened
             }
             Err(failure) => Err(failure),
         };

@@ -35,5 +35,7 @@ pub const ADDRESS_TYPE: &str = "type.googleapis.com/istio.workload.Address";
 pub const AUTHORIZATION_TYPE: &str = "type.googleapis.com/istio.security.Authorization";
 /// The type URL of the mesh-wide settings.
 pub const MESH_TYPE: &str = "type.googleapis.com/culvert.v1.Mesh";
+/// The type URL of how a workload speaks to pods of its node, in its extensions.
+pub const SAME_NODE_TYPE: &str = "type.googleapis.com/culvert.v1.SameNode";
 /// The type URL of a workload's modes, in its extensions.
 pub const PEER_AUTHENTICATION_TYPE: &str = "type.googleapis.com/culvert.v1.PeerAuthentication";

@@ -13,6 +13,7 @@ use aya_log_ebpf::debug;
 use culvert_ebpf_common::{Address, Dispatch, Endpoint, Event, Flow, NamespaceState, OUTBOUND_PORT, Outcome, Settings, Socket};
 
 use crate::maps::{self, AGENT_PROCESSES, CLAIMED, DESTINATIONS, NAMESPACES, SETTINGS, SOCKETS};
+use crate::same_node;
 
 pub(crate) const IPPROTO_TCP: u32 = 6;
 const SOL_SOCKET: i32 = 1;
@@ -122,11 +123,16 @@ fn decide(ctx: &SockAddrContext, address: Address) -> Decision {
         match dispatch(destination) {
             Dispatch::Pass => Some(Outcome::PassedOutside),
             Dispatch::Refuse => Some(Outcome::RefusedNoEndpoint),
-            Dispatch::Capture => None,
+            Dispatch::Capture => same_node::way(namespace, netns_cookie, destination, own).and_then(|socket| {
+                // Without a note of it, it would be refused.
+                if note(ctx, socket) { Some(Outcome::PassedSameNode) } else { None }
+            }),
         }
     };
     if let Some(outcome) = passed {
-        forget(ctx);
+        if !matches!(outcome, Outcome::PassedSameNode) {
+            forget(ctx);
+        }
         return Decision::Done(outcome);
     }
     if own == Address::UNSPECIFIED || !note(ctx, Socket::captured(destination)) {

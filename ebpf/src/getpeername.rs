@@ -43,6 +43,6 @@ fn original_dst(ctx: &SockAddrContext) -> Option<Endpoint> {
     let socket = unsafe { SOCKETS.get(cookie) }?;
     match socket.kind() {
         SocketKind::Captured => Some(socket.original_dst()),
-        SocketKind::Delivery => None,
+        SocketKind::Delivery | SocketKind::SameNode => None,
     }
 }

@@ -19,6 +19,8 @@ mod maps;
 #[cfg(target_arch = "bpf")]
 mod outcome;
 #[cfg(target_arch = "bpf")]
+mod same_node;
+#[cfg(target_arch = "bpf")]
 mod sk_lookup;
 #[cfg(target_arch = "bpf")]
 mod sock_ops;

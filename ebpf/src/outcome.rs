@@ -21,7 +21,9 @@ static HAS_SET_RETVAL: u32 = 0;
 pub(crate) fn of_connect(outcome: Outcome) -> i32 {
     count(outcome);
     match outcome {
-        Outcome::Captured | Outcome::PassedOutside | Outcome::PassedLocal | Outcome::PassedAgent => ALLOW,
+        Outcome::Captured | Outcome::PassedOutside | Outcome::PassedLocal | Outcome::PassedAgent | Outcome::PassedSameNode => {
+            ALLOW
+        }
         // What a pod without an address of that family hears without a mesh.
         Outcome::RefusedNoRoom => refuse(ENETUNREACH),
         _ => refuse(ECONNREFUSED),
@@ -37,6 +39,8 @@ pub(crate) fn of_lookup(outcome: Outcome) -> u32 {
         | Outcome::AdmittedPlaintext
         | Outcome::AdmittedLocal
         | Outcome::AdmittedProbe
+        | Outcome::AdmittedSameNode
+        | Outcome::SteeredSameNode
         | Outcome::SteeredPlaintext
         | Outcome::SteeredTunnel
         | Outcome::SteeredCaptured => sk_action::SK_PASS,
@@ -54,8 +58,9 @@ fn refuse(error: i32) -> i32 {
     REFUSE
 }
 
+/// Counts what is no answer to the kernel.
 #[inline(always)]
-fn count(outcome: Outcome) {
+pub(crate) fn count(outcome: Outcome) {
     if let Some(counter) = OUTCOMES.get_ptr_mut(outcome as u32) {
         // SAFETY: the pointer is to this CPU's own, live slot.
         unsafe { *counter += 1 };

@@ -11,6 +11,7 @@ use culvert_ebpf_common::{
 };
 
 use crate::maps::{self, ADMISSIONS, ATTESTED, CAPTURED, KUBELET_FLOWS, LISTENERS};
+use crate::same_node::{self, Standing};
 
 const AF_INET: u32 = 2;
 const IPPROTO_TCP: u32 = 6;
@@ -35,9 +36,17 @@ pub(crate) fn admit(ctx: &SkLookupContext) -> Outcome {
         }
         return Outcome::AdmittedLocal;
     }
-    // SAFETY: only the entry's presence is looked at.
-    if unsafe { ATTESTED.get(flow) }.is_some() {
-        return Outcome::AdmittedDelivery;
+    // SAFETY: the entry is a 64-bit word, read once.
+    match unsafe { ATTESTED.get(flow) }.copied() {
+        Some(0) => return Outcome::AdmittedDelivery,
+        Some(socket) => match same_node::standing(socket) {
+            Standing::Valid => return Outcome::AdmittedSameNode,
+            Standing::Stale => {
+                return steer(ctx, destination.address(), ListenerRole::Plaintext, Outcome::SteeredSameNode);
+            }
+            Standing::Unknown => {}
+        },
+        None => {}
     }
     // SAFETY: only the entry's presence is looked at.
     if unsafe { KUBELET_FLOWS.get(flow) }.is_some() {

@@ -1,15 +1,20 @@
 //! Socket callbacks: the moment at which a connecting socket has its source port but has sent nothing.
 //!
 //! Here a captured connection's original destination is filed under its source, where the agent finds it after `accept()`, and
-//! a delivery of the agent's is attested, so that `sk_lookup` lets it through to the application.
+//! a delivery of the agent's is attested, so that `sk_lookup` lets it through to the application. Connections between pods of the node
+//! that stay in the kernel are attested here, too, and accounted for.
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::{BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE};
+use aya_ebpf::bindings::{
+    BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+    BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
+};
 use aya_ebpf::helpers::bpf_get_socket_cookie;
 use aya_ebpf::programs::SockOpsContext;
 use culvert_ebpf_common::{Address, Endpoint, Flow, SocketKind};
 
 use crate::maps::{ATTESTED, CAPTURED, SOCKETS};
+use crate::same_node;
 
 const AF_INET: u32 = 2;
 
@@ -23,6 +28,8 @@ pub(crate) fn observe(ctx: &SockOpsContext) {
                 closed(ctx);
             }
         }
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => same_node::established(ctx),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => same_node::accepted(ctx),
         _ => {}
     }
 }
@@ -38,16 +45,20 @@ fn connecting(ctx: &SockOpsContext) {
         // A full map loses the oldest entry; a connection whose entry is lost is reset by the agent.
         SocketKind::Captured => drop(CAPTURED.insert(flow.source, socket.original_dst(), 0)),
         SocketKind::Delivery => {
-            if ATTESTED.insert(flow, 1, 0).is_ok() {
+            if ATTESTED.insert(flow, 0, 0).is_ok() {
                 let _unattested_until_evicted = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
             }
         }
+        SocketKind::SameNode => same_node::connecting(ctx, cookie, socket, flow),
     }
 }
 
 #[inline(always)]
 fn closed(ctx: &SockOpsContext) {
-    let _gone_already = ATTESTED.remove(flow(ctx));
+    let flow = flow(ctx);
+    if !same_node::closed(ctx, flow) {
+        let _gone_already = ATTESTED.remove(flow);
+    }
 }
 
 /// Both ends of the socket, this end first.

@@ -25,17 +25,37 @@ pub struct Seen {
     pub client: SocketAddr,
 }
 
-/// A client and a server in the mesh, on two nodes; the server [`echo`]es on `port`, where the client has reached it.
+/// A client and a server in the mesh, on two nodes or, where the mesh is to be [in the kernel](Mesh::in_the_kernel), on one; the server
+/// [`echo`]es on `port`, where the client has reached it.
 ///
 /// # Panics
 /// When the client does not reach it.
 pub fn pair(mesh: &mut Mesh, port: u16) -> (Pod, Pod) {
     let in_shop = |name, node| PodSpec { name, namespace: "shop", node, enrolled: true };
-    let server = mesh.pod(in_shop("server", 1));
-    self::server(&server.netns, port, echo);
+    let server = mesh.pod(in_shop("server", if mesh.in_the_kernel() { 0 } else { 1 }));
     let client = mesh.pod(in_shop("client", 0));
+    if mesh.in_the_kernel() {
+        await_verdict(mesh, &client, &server, port);
+    }
+    self::server(&server.netns, port, echo);
     eventually("the server is reached", || converse(&client.netns, server.at(false, port), "warm").is_ok());
     (client, server)
+}
+
+/// Waits until connections of a pod of the first node to a port of another pod there stay in the kernel, in both families. Nobody may listen
+/// on the port yet.
+///
+/// # Panics
+/// When somebody does, or they do not in time.
+pub fn await_verdict(mesh: &Mesh, client: &Pod, server: &Pod, port: u16) {
+    let listener = server.netns.run(move || listener(port));
+    for v6 in [false, true] {
+        eventually("the kernel has a verdict", || {
+            let before = mesh.outcome(0, "admitted_same_node");
+            connect(&client.netns, server.at(v6, port)).is_ok() && mesh.outcome(0, "admitted_same_node") > before
+        });
+    }
+    drop(listener);
 }
 
 /// Listens in the pod, on both families, before it returns; `serve` gets each connection on a thread of its own.

@@ -30,7 +30,9 @@ pub fn holdings(mesh: &Mesh, node: usize) -> Holdings {
     let map = |name: &str| MapData::from_pin(pins.join(name)).expect("a pinned map");
     let entries = [
         ("ADMISSIONS", hash::<20, 4>(map("ADMISSIONS"))),
+        ("CONNECTIONS", hash::<8, 112>(map("CONNECTIONS"))),
         ("DESTINATIONS", hash::<20, 4>(map("DESTINATIONS"))),
+        ("HALF_ENDED", hash::<8, 4>(map("HALF_ENDED"))),
         ("LISTENERS", sockets(map("LISTENERS"))),
         ("NAMESPACES", pods(map("NAMESPACES"))),
     ];
@@ -75,7 +77,7 @@ fn hash<const KEY: usize, const VALUE: usize>(data: MapData) -> usize {
 
 /// How many namespaces are not exempt, whose state is 0.
 fn pods(data: MapData) -> usize {
-    let namespaces = HashMap::<_, [u8; 8], [u8; 40]>::try_from(Map::HashMap(data)).expect("a map of this layout");
+    let namespaces = HashMap::<_, [u8; 8], [u8; 48]>::try_from(Map::HashMap(data)).expect("a map of this layout");
     namespaces.iter().flatten().filter(|(_, namespace)| !namespace.starts_with(&[0; 4])).count()
 }
 

@@ -30,6 +30,9 @@ const POD_RANGES: [&str; 9] = [
     "\"fd77::1:0/112\"",
 ];
 
+/// In the place of tunnels' forms: no tunnel at all, but one node for both pods.
+pub const IN_THE_KERNEL: [&str; 2] = ["kernel"; 2];
+
 /// Two nodes, their pods, a controller and two agents.
 #[derive(Debug)]
 pub struct Mesh {
@@ -44,6 +47,7 @@ pub struct Mesh {
     agent_environment: Vec<(String, String)>,
     root: PathBuf,
     one_netns_dir: bool,
+    one_node: bool,
     pods: u16,
 }
 
@@ -69,11 +73,29 @@ impl Mesh {
         Self::start_as(MeshSpec { controller: controller_arguments, ..MeshSpec::default() })
     }
 
-    /// The same, with the agents' tunnels in these forms (`--tunnel-form`).
+    /// The same, with the agents' tunnels in these forms (`--tunnel-form`); or, for [`IN_THE_KERNEL`], for pairs of pods on one node.
     #[must_use]
-    pub fn start_in([first, second]: [&str; 2]) -> Self {
+    pub fn start_in(forms: [&str; 2]) -> Self {
+        if forms == IN_THE_KERNEL {
+            let mut mesh = Self::start();
+            mesh.one_node = true;
+            return mesh;
+        }
+        let [first, second] = forms;
         let agents: [&[&str]; 2] = [&["--tunnel-form", first], &["--tunnel-form", second]];
         Self::start_as(MeshSpec { agents, ..MeshSpec::default() })
+    }
+
+    /// Whether pairs of pods are on one node, and speak through its kernel.
+    #[must_use]
+    pub fn in_the_kernel(&self) -> bool {
+        self.one_node
+    }
+
+    /// How often the programs of a node ended so.
+    #[must_use]
+    pub fn outcome(&self, node: usize, word: &str) -> u64 {
+        self.metrics(node).sum("culvert_capture_outcomes_total", &[&format!("outcome=\"{word}\"")])
     }
 
     /// The same, as `spec` says.
@@ -109,6 +131,7 @@ impl Mesh {
             agent_environment: Vec::new(),
             root,
             one_netns_dir: false,
+            one_node: false,
             pods: 0,
         };
         clear(&mesh.dir);

@@ -24,6 +24,19 @@ impl Mesh {
         all.as_array().into_iter().flatten().find(|workload| workload["name"] == name).cloned().unwrap_or_default()
     }
 
+    /// Waits until both agents know a policy of this name, beside whatever else they know.
+    ///
+    /// # Panics
+    /// When that does not come to pass in time.
+    pub fn await_policy_beside(&self, applied: &str) {
+        for (node, name) in NODES.iter().enumerate() {
+            eventually(&format!("{name} knows the policy {applied}"), || {
+                let all = self.view(node, "/policies");
+                all.as_array().into_iter().flatten().any(|policy| policy["name"] == applied)
+            });
+        }
+    }
+
     /// Waits until both agents know a policy, and no other of its namespace: `applied` names it, or nothing.
     ///
     /// # Panics

@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read as _};
 use std::net::TcpStream;
 
-use harness::{Mesh, Pod, PodSpec, app, eventually};
+use harness::{Mesh, Pod, PodSpec, app, eventually, eventually_equal};
 
 const PORT: u16 = 8080;
 const OTHER_PORT: u16 = 8081;
@@ -407,13 +407,14 @@ fn closed_by_change(mesh: &Mesh) -> usize {
 
 /// The access log says of each connection that the agent carried, and was cut, that a change of policy did it, and of no other.
 fn check_access_log(mesh: &Mesh, steered: bool) {
-    let log = mesh.log("agent-b");
-    let of = |name: &str| {
-        let about = format!("src.workload=\"{name}\"");
-        log.lines().filter(|line| line.contains(&about) && line.contains("reason=\"policy_changed\"")).count()
-    };
     let plain = if steered { 2 } else { 0 };
-    assert_eq!(["denied", "member", "denied-plain", "plain"].map(of), [2, 0, plain, plain], "{log}");
+    eventually_equal("lines of denied, member, denied-plain and plain", &[2, 0, plain, plain], || {
+        let log = mesh.log("agent-b");
+        ["denied", "member", "denied-plain", "plain"].map(|name| {
+            let about = format!("src.workload=\"{name}\"");
+            log.lines().filter(|line| line.contains(&about) && line.contains("reason=\"policy_changed\"")).count()
+        })
+    });
 }
 
 #[test]

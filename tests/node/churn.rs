@@ -66,8 +66,12 @@ fn round(mesh: &mut Mesh, number: usize, (client, server): (&Pod, &Pod)) {
     eventually("the guest reaches who stays", || app::converse(&guest.netns, server.at(false, PORT), "hello").is_ok());
     eventually("who stays reaches the host", || app::converse(&client.netns, host.at(false, PORT), "hello").is_ok());
     eventually("the guest reaches the host", || app::converse(&guest.netns, host.at(false, PORT), "hello").is_ok());
+    eventually("the host reaches who stays on its node, in the kernel", || {
+        let before = mesh.outcome(1, "admitted_same_node");
+        app::converse(&host.netns, server.at(false, PORT), "hello").is_ok() && mesh.outcome(1, "admitted_same_node") > before
+    });
     // They go with connections open.
-    let _left = [open(&guest, server), open(client, &host)];
+    let _left = [open(&guest, server), open(client, &host), open(&host, server)];
     names.iter().for_each(|name| mesh.delete(&format!("pod-{name}")));
 }
 

@@ -2,7 +2,7 @@
 
 use std::io::ErrorKind;
 
-use harness::{Capture, Mesh, Namespace, Pod, PodSpec, app, eventually};
+use harness::{Mesh, Namespace, Pod, PodSpec, app, eventually};
 
 const PORT: u16 = 8080;
 const TUNNELS: u16 = 15008;
@@ -18,25 +18,31 @@ struct Server {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     Encrypted,
+    /// In plaintext, between pods of the mesh on one node, whose kernel says who is at either end.
+    Attested,
     Plaintext,
     Refused,
 }
 
-fn expected(client_enrolled: bool, server: &Server) -> Outcome {
+fn expected(client_enrolled: bool, server: &Server, way: &str) -> Outcome {
     match (client_enrolled, server.enrolled, server.mode) {
         (_, false, _) | (_, true, "DISABLE") | (false, true, "PERMISSIVE") => Outcome::Plaintext,
+        (true, true, _) if server.node == 0 && way == "kernel" => Outcome::Attested,
         (true, true, _) => Outcome::Encrypted,
         (false, true, _) => Outcome::Refused,
     }
 }
 
-fn outcome(client: &Namespace, server: &Server, v6: bool, mut capture: Capture, marker: &str) -> Result<Outcome, String> {
+fn outcome(mesh: &Mesh, client: &Namespace, server: &Server, v6: bool, marker: &str) -> Result<Outcome, String> {
+    let mut capture = if server.node == 0 { mesh.capture_on_node(0) } else { mesh.capture_between_nodes() };
+    let before = attested(mesh);
     let answer = app::converse(client, server.pod.at(v6, PORT), marker);
     capture.finish();
     let in_sight = capture.shows(marker.as_bytes());
     let segments = capture.segments();
     let passed = |port| segments.iter().any(|(_, to)| *to == server.pod.at(v6, port));
     match answer {
+        Ok(_) if in_sight && attested(mesh) > before => Ok(Outcome::Attested),
         Ok(_) if in_sight => Ok(Outcome::Plaintext),
         Ok(_) if passed(TUNNELS) && !passed(PORT) => Ok(Outcome::Encrypted),
         Ok(_) => Err(format!("out of sight, by tunnel: {}, beside it: {}", passed(TUNNELS), passed(PORT))),
@@ -46,9 +52,23 @@ fn outcome(client: &Namespace, server: &Server, v6: bool, mut capture: Capture, 
     }
 }
 
+/// How many connections the first node's kernel has attested.
+fn attested(mesh: &Mesh) -> u64 {
+    mesh.metrics(0).sum("culvert_capture_outcomes_total", &["outcome=\"admitted_same_node\""])
+}
+
 #[test]
 fn every_pair_of_pods_is_encrypted_plain_or_refused_as_enrolment_and_mode_say() {
-    let mut mesh = Mesh::start();
+    check_every_pair("tunnel");
+}
+
+#[test]
+fn on_one_node_the_kernel_may_stand_in_for_encryption_and_nowhere_else() {
+    check_every_pair("kernel");
+}
+
+fn check_every_pair(way: &str) {
+    let mut mesh = Mesh::start_with(&["--same-node", way]);
     for (namespace, mode) in [("permissive", "PERMISSIVE"), ("strict", "STRICT"), ("disable", "DISABLE")] {
         mesh.mode(namespace, mode);
     }
@@ -68,19 +88,22 @@ fn every_pair_of_pods_is_encrypted_plain_or_refused_as_enrolment_and_mode_say() 
         (enrolled, mesh.pod(PodSpec { name: &name, namespace: "clients", node: 0, enrolled }))
     });
     for server in servers.iter().filter(|server| server.enrolled) {
-        eventually("the client's agent knows the servers", || {
-            let answer = app::converse(&clients[0].1.netns, server.pod.at(false, PORT), "warm");
-            answer.is_ok_and(|seen| seen.client.ip() == clients[0].1.v4)
-        });
+        for v6 in [false, true] {
+            eventually("the client's agent knows the servers", || {
+                let before = attested(&mesh);
+                let answer = app::converse(&clients[0].1.netns, server.pod.at(v6, PORT), "warm");
+                let decided = expected(true, server, way) != Outcome::Attested || attested(&mesh) > before;
+                decided && answer.is_ok_and(|seen| seen.client.ip() == clients[0].1.at(v6, 0).ip())
+            });
+        }
     }
     let mut wrong = Vec::new();
     for (client_enrolled, client) in &clients {
         for server in &servers {
             for v6 in [false, true] {
-                let capture = if server.node == 0 { mesh.capture_on_node(0) } else { mesh.capture_between_nodes() };
                 let marker = format!("marker-{client_enrolled}-{}-{}-{}-{v6}", server.enrolled, server.node, server.mode);
-                let wanted = expected(*client_enrolled, server);
-                let found = outcome(&client.netns, server, v6, capture, &marker);
+                let wanted = expected(*client_enrolled, server, way);
+                let found = outcome(&mesh, &client.netns, server, v6, &marker);
                 if found != Ok(wanted) {
                     wrong.push(format!("{marker}: wanted {wanted:?}, found {found:?}"));
                 }

@@ -1,5 +1,5 @@
 //! Promise: a connection begins and ends as it would without a mesh. FIN is FIN in each direction, RST is RST, refused is never an
-//! end of file, and idle connections live; in every form that tunnels can have.
+//! end of file, and idle connections live; in every form that tunnels can have, and in a node's kernel.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -26,7 +26,15 @@ in_each_form!(
     a_pod_that_is_gone_is_an_error_in_bounded_time_and_idle_connections_live,
 );
 
-/// A client and a server on two nodes, whose agents make tunnels in these forms.
+in_the_kernel!(
+    a_half_close_by_either_side_leaves_the_other_direction_open,
+    a_reset_by_either_side_is_a_reset_to_the_other,
+    a_reset_overtakes_data_in_flight,
+    a_reset_after_an_end_in_one_direction_is_no_second_end,
+    a_server_may_speak_first_and_a_client_may_leave_at_once,
+);
+
+/// A client and a server on two nodes, whose agents make tunnels in these forms; or on one.
 struct Stage {
     mesh: Mesh,
     client: Pod,
@@ -42,6 +50,9 @@ impl Stage {
 
     /// Has the server serve on one more port.
     fn serve<T: Send + 'static>(&self, port: u16, serve: impl Fn(TcpStream) -> T + Clone + Send + 'static) -> Receiver<T> {
+        if self.mesh.in_the_kernel() {
+            app::await_verdict(&self.mesh, &self.client, &self.server, port);
+        }
         app::reporting(&self.server.netns, port, serve)
     }
 
@@ -50,7 +61,13 @@ impl Stage {
     }
 
     fn connect(&self, port: u16) -> TcpStream {
-        app::connect(&self.client.netns, self.at(port)).expect("a connection")
+        if !self.mesh.in_the_kernel() {
+            return app::connect(&self.client.netns, self.at(port)).expect("a connection");
+        }
+        let before = self.mesh.outcome(0, "admitted_same_node");
+        let stream = app::connect(&self.client.netns, self.at(port)).expect("a connection");
+        assert_eq!(self.mesh.outcome(0, "admitted_same_node"), before + 1, "the connection is not in the kernel");
+        stream
     }
 }
 

@@ -16,6 +16,15 @@ macro_rules! in_each_form {
     };
 }
 
+/// Has each of these tests run once more with both pods on one node, whose kernel carries their connections.
+macro_rules! in_the_kernel {
+    ($($test:ident),+ $(,)?) => {
+        mod kernel {
+            $(#[test] fn $test() { super::$test(harness::mesh::IN_THE_KERNEL); })+
+        }
+    };
+}
+
 mod authorization;
 mod certificates;
 mod churn;
@@ -27,6 +36,7 @@ mod outage;
 mod programs;
 mod readiness;
 mod renewal;
+mod same_node;
 mod services;
 mod shared_kernel;
 mod single_stack;

@@ -19,7 +19,9 @@ in_each_form!(
     a_reader_that_stops_stops_its_writer_and_fills_no_memory,
 );
 
-/// A client and a server on two nodes.
+in_the_kernel!(a_gibibyte_each_way_at_once_arrives_whole_past_a_reader_that_pauses);
+
+/// A client and a server on two nodes, or on one.
 fn stage(forms: [&str; 2]) -> (Mesh, Pod, Pod) {
     let mut mesh = Mesh::start_in(forms);
     let (client, server) = app::pair(&mut mesh, PORT);

@@ -14,7 +14,6 @@ mod watch;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ffi::OsString;
-use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,8 +32,9 @@ use self::watch::MountTable;
 pub(super) use self::watch::NetnsDir;
 use super::events::{self, Report};
 use super::load::{Loaded, LookupProgram};
+use super::maps::monotonic;
 use super::others::Agents;
-use super::{Ask, CaptureError, LoadConfig, Maps, Netns, PodEvent};
+use super::{Ask, CaptureError, LoadConfig, Maps, Netns, PodEvent, SameNodeMaps};
 use crate::model::{Snapshot, Workload};
 
 /// How many namespaces are entered at a time.
@@ -79,6 +79,7 @@ enum Message {
 pub(super) struct Enroller {
     config: LoadConfig,
     maps: Maps,
+    same_node: SameNodeMaps,
     lookup: LookupProgram,
     snapshots: tokio::sync::watch::Receiver<Arc<Snapshot>>,
     snapshot: Arc<Snapshot>,
@@ -154,6 +155,7 @@ impl Enroller {
         Self {
             config,
             maps: loaded.maps,
+            same_node: loaded.same_node,
             lookup: loaded.lookup,
             snapshots,
             snapshot,
@@ -446,10 +448,4 @@ async fn keep_refusing(maps: Maps) {
             tracing::warn!("cannot renew the refusal of unseen namespaces");
         }
     }
-}
-
-/// `CLOCK_MONOTONIC` in ns, as the programs read it.
-fn monotonic() -> io::Result<u64> {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
-    Ok(now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
 }

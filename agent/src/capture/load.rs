@@ -21,12 +21,12 @@ use tokio::io::Interest;
 
 use super::cgroup::CgroupRoot;
 use super::maps::Maps;
-use super::{CaptureError, LoadConfig, Netns, bpffs, mounts, others, readiness, routing};
+use super::{CaptureError, LoadConfig, Netns, SameNodeEvents, SameNodeMaps, bpffs, mounts, others, readiness, routing};
 
 /// The programs, as `agent/build.rs` compiled them. Empty in a build without a compiler for them.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert-ebpf"));
 
-const PINNED_MAPS: [&str; 16] = [
+const PINNED_MAPS: [&str; 20] = [
     "SETTINGS",
     "AGENT_PROCESSES",
     "NAMESPACES",
@@ -36,6 +36,10 @@ const PINNED_MAPS: [&str; 16] = [
     "SOCKETS",
     "CAPTURED",
     "ATTESTED",
+    "VERDICTS",
+    "CONNECTIONS",
+    "HALF_ENDED",
+    "CONNECTION_EVENTS",
     "KUBELET_NAMES",
     "KUBELET_SOCKETS",
     "KUBELET_FLOWS",
@@ -60,6 +64,8 @@ pub(super) struct Loaded {
     pub(super) maps: Maps,
     pub(super) lookup: LookupProgram,
     pub(super) events: RingBuf<MapData>,
+    pub(super) same_node: SameNodeMaps,
+    pub(super) same_node_events: Option<SameNodeEvents>,
     /// Writes what the programs log to the agent's log, for ever.
     pub(super) program_log: BoxFuture<'static, ()>,
     /// The agent's own namespace.
@@ -91,6 +97,8 @@ pub(super) fn load(config: &LoadConfig) -> Result<Loaded, CaptureError> {
     let mut ebpf = load_object(&pins, cgroup.node.as_ref().map_or(0, |node| node.pods))?;
     let maps = Maps::take(&mut ebpf)?;
     let events = take_events(&mut ebpf)?;
+    let same_node = SameNodeMaps::take(&mut ebpf)?;
+    let same_node_events = Some(SameNodeEvents::take(&mut ebpf)?);
     let claimed_id = MapInfo::from_pin(pins.join(others::CLAIMED)).map(|map| map.id());
     let claimed_id = claimed_id.map_err(|source| CaptureError::Map { map: others::CLAIMED, source })?;
     initialise(&maps, &own, cgroup.dedicated)?;
@@ -105,7 +113,18 @@ pub(super) fn load(config: &LoadConfig) -> Result<Loaded, CaptureError> {
     let program_log = program_log(&mut ebpf);
     let lookup = LookupProgram { ebpf: Arc::new(Mutex::new(ebpf)), pins: pins.join(PODS) };
     let pods_cgroup = cgroup.node.is_some().then(|| cgroup.path().to_owned());
-    Ok(Loaded { maps, lookup, events, program_log, own, claimed_id, dedicated: cgroup.dedicated, pods_cgroup })
+    Ok(Loaded {
+        maps,
+        lookup,
+        events,
+        same_node,
+        same_node_events,
+        program_log,
+        own,
+        claimed_id,
+        dedicated: cgroup.dedicated,
+        pods_cgroup,
+    })
 }
 
 fn program_log(ebpf: &mut Ebpf) -> BoxFuture<'static, ()> {

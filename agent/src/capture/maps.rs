@@ -5,6 +5,7 @@
 //! applied in an order that never shows a weaker state than the old or the new one.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::AsRawFd as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -337,18 +338,24 @@ fn held_admissions(table: &HashMap<MapData, Endpoint, u32>) -> Result<BTreeMap<I
     Ok(held)
 }
 
-fn table<T: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, CaptureError> {
+pub(super) fn table<T: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, CaptureError> {
     let map = ebpf.take_map(name).ok_or(CaptureError::NoMap { map: name })?;
     T::try_from(map).map_err(failed(name))
 }
 
-fn failed(map: &'static str) -> impl Fn(MapError) -> CaptureError {
+pub(super) fn failed(map: &'static str) -> impl Fn(MapError) -> CaptureError {
     move |source| CaptureError::Map { map, source }
 }
 
 /// The tables are valid after every single step, also after one that panicked.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// `CLOCK_MONOTONIC` in ns, as the programs read it.
+pub(super) fn monotonic() -> io::Result<u64> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
+    Ok(now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
 }
 
 /// A process's name as the kernel keeps it: 15 bytes at most, filled up with zeros to 16.

@@ -5,6 +5,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use tokio_util::sync::CancellationToken;
@@ -25,17 +26,19 @@ pub struct LocalPod {
     /// The pod's namespace is gone, and [`released`](Self::released) is set as well: open connections have no pod any more.
     pub gone: CancellationToken,
     workload: ArcSwap<Workload>,
+    generation: AtomicU64,
     _routing: Option<RoutingLease>,
 }
 
 impl LocalPod {
-    pub(super) fn new(netns: Netns, workload: Arc<Workload>, routing: Option<RoutingLease>) -> Self {
+    pub(super) fn new(netns: Netns, workload: Arc<Workload>, generation: u64, routing: Option<RoutingLease>) -> Self {
         Self {
             netns,
             addresses: workload.addresses.to_vec(),
             released: CancellationToken::new(),
             gone: CancellationToken::new(),
             workload: ArcSwap::new(workload),
+            generation: AtomicU64::new(generation),
             _routing: routing,
         }
     }
@@ -44,6 +47,17 @@ impl LocalPod {
     #[must_use]
     pub fn workload(&self) -> Arc<Workload> {
         self.workload.load_full()
+    }
+
+    /// What verdicts on the pod's connections are bound to: it changes with everything that may change one. To be read before the state
+    /// that a verdict is reached by.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_generation(&self, generation: u64) {
+        self.generation.store(generation, Ordering::Release);
     }
 
     pub(super) fn set_workload(&self, workload: Arc<Workload>) {

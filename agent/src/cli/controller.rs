@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use clap::builder::NonEmptyStringValueParser;
+use clap::builder::{NonEmptyStringValueParser, PossibleValuesParser, TypedValueParser};
 use ipnet::IpNet;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -16,7 +16,7 @@ use super::ca::SYSTEM_NAMESPACE;
 use crate::config::{METRICS_LISTEN, READY_LISTEN, parse_lifetime, parse_listen};
 use crate::controller::on_kubernetes::KubernetesConfig;
 use crate::controller::{self, ControllerConfig, SourceConfig};
-use crate::model::TrustDomain;
+use crate::model::{SameNode, TrustDomain};
 use crate::observe::log::{self, LogFormat};
 
 /// Namespaces that are never in the mesh by default: what a cluster itself runs on must not wait for it.
@@ -60,6 +60,11 @@ pub struct ControllerArgs {
     /// Deny connections that no ALLOW policy covers.
     #[arg(long)]
     default_deny: bool,
+
+    /// How pods of the mesh on one node speak to each other: kernel, attested by the node's kernel and not encrypted once the agent has
+    /// decided; or tunnel, encrypted as between nodes. The label culvert.dev/same-node of a namespace or a pod says otherwise for it.
+    #[arg(long, value_name = "WAY", default_value_t = SameNode::Kernel, value_parser = same_node())]
+    same_node: SameNode,
 
     /// A range of the cluster's pods or services that no node declares as its podCIDRs, such as 10.96.0.0/12; may be given again. A
     /// destination in such a range that an agent does not know is asked about, and never passes in plaintext for that.
@@ -132,11 +137,17 @@ impl From<ControllerArgs> for ControllerConfig {
             trust_domain: args.trust_domain,
             cert_ttl: args.cert_ttl,
             default_deny: args.default_deny,
+            same_node: args.same_node,
             cluster_ranges: args.cluster_ranges,
             root_namespace: args.root_namespace,
             cluster_domain: args.cluster_domain,
         }
     }
+}
+
+/// Takes the words for the ways between pods of one node.
+fn same_node() -> impl TypedValueParser<Value = SameNode> {
+    PossibleValuesParser::new(SameNode::NAMES).try_map(|word| word.parse::<SameNode>())
 }
 
 /// Runs the controller until SIGTERM or SIGINT.

@@ -12,6 +12,7 @@ mod podless;
 mod policies;
 mod residents;
 mod resource;
+mod same_node;
 mod service;
 #[cfg(test)]
 pub(super) mod tests;
@@ -33,9 +34,10 @@ use self::podless::Podless;
 use self::policies::Policies;
 pub use self::residents::Residents;
 pub use self::resource::{Resource, ResourceKind};
+use self::same_node::SameNodeLabels;
 use self::service::ServiceRecord;
 use super::source::{Change, Kind, Object, ObjectKey};
-use crate::model::{SpiffeId, TrustDomain};
+use crate::model::{SameNode, SpiffeId, TrustDomain};
 
 /// Mesh-wide settings, fixed while the controller runs.
 #[derive(Clone, Debug)]
@@ -48,6 +50,8 @@ pub struct MeshSettings {
     pub cluster_domain: String,
     /// Deny what no ALLOW policy covers.
     pub default_deny: bool,
+    /// How pods of one node speak to each other where no label says so.
+    pub same_node: SameNode,
     /// Ranges of the cluster's addresses beside those that nodes declare.
     pub cluster_ranges: Vec<IpNet>,
     /// Namespaces whose pods are never in the mesh, whatever labels say.
@@ -83,6 +87,7 @@ struct ObjectName {
 pub struct Index {
     settings: MeshSettings,
     namespaces: HashMap<Arc<str>, bool>,
+    same_node: SameNodeLabels,
     pods: BTreeMap<ObjectName, PodRecord>,
     claims: HashMap<IpAddr, BTreeSet<ObjectName>>,
     accounts: BTreeSet<ObjectName>,
@@ -124,6 +129,7 @@ impl Index {
             policies: Policies::new(&settings),
             settings,
             namespaces: HashMap::new(),
+            same_node: SameNodeLabels::default(),
             pods: BTreeMap::new(),
             claims: HashMap::new(),
             accounts: BTreeSet::new(),
@@ -228,10 +234,15 @@ impl Index {
         match object {
             Object::Node(node) => self.set_node(key.name, Some(pod::node_ranges(node))),
             Object::Namespace(namespace) => {
-                let enrolled = namespace.metadata.labels.as_ref().and_then(enrolment).unwrap_or(false);
-                self.set_namespace(&name.name, enrolled);
+                let labels = namespace.metadata.labels.as_ref();
+                self.set_namespace(&name.name, labels.and_then(enrolment).unwrap_or(false));
+                self.set_namespace_way(&name.name, labels.and_then(same_node::labelled));
+                self.note_way(&key, labels, origin, warnings);
             }
-            Object::Pod(pod) => self.set_pod(name, Some(PodRecord::of(pod))),
+            Object::Pod(pod) => {
+                self.note_way(&key, pod.metadata.labels.as_ref(), origin, warnings);
+                self.set_pod(name, Some(PodRecord::of(pod)));
+            }
             Object::ServiceAccount(_) => drop(self.accounts.insert(name)),
             Object::Service(service) => {
                 let record = ServiceRecord::of(service, &name, &self.settings.cluster_domain);
@@ -261,9 +272,13 @@ impl Index {
     fn remove_object(&mut self, key: &ObjectKey) {
         let name = ObjectName::of(key);
         self.findings.forget(key);
+        self.forget_way(key);
         match key.kind {
             Kind::Node => self.set_node(key.name.clone(), None),
-            Kind::Namespace => self.set_namespace(&name.name, false),
+            Kind::Namespace => {
+                self.set_namespace(&name.name, false);
+                self.set_namespace_way(&name.name, None);
+            }
             Kind::Pod => self.set_pod(name, None),
             Kind::ServiceAccount => drop(self.accounts.remove(&name)),
             Kind::Service => self.set_service(name, None),

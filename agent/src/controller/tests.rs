@@ -76,6 +76,7 @@ fn config(manifests: &Path, state: &Path) -> ControllerConfig {
         trust_domain: "cluster.local".parse().unwrap(),
         cert_ttl: Duration::from_secs(3600),
         default_deny: false,
+        same_node: crate::model::SameNode::Kernel,
         cluster_ranges: Vec::new(),
         root_namespace: "istio-system".to_owned(),
         cluster_domain: "cluster.local".to_owned(),

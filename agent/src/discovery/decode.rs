@@ -13,17 +13,19 @@ use prost::Message;
 use super::shared::Shared;
 use crate::model::spiffe_id::SpiffeIdError;
 use crate::model::{
-    Action, Authorization, Clause, IpBlock, Match, Mode, PeerAuthentication, PodAddresses, PortMapping, Rule, Scope, ServedPorts,
-    Service, ServiceAccountMatch, SpiffeId, StringMatch, TelemetryNames, TextEnd, TrustDomain, TunnelProtocol, Workload,
-    WorkloadType,
+    Action, Authorization, Clause, IpBlock, Match, Mode, PeerAuthentication, PodAddresses, PortMapping, Rule, SameNode, Scope,
+    ServedPorts, Service, ServiceAccountMatch, SpiffeId, StringMatch, TelemetryNames, TextEnd, TrustDomain, TunnelProtocol,
+    Workload, WorkloadType,
 };
 use crate::proto::discovery::Resource;
-use crate::proto::{PEER_AUTHENTICATION_TYPE, culvert, security, workload};
+use crate::proto::{PEER_AUTHENTICATION_TYPE, SAME_NODE_TYPE, culvert, security, workload};
 
 /// The name of the one resource of mesh-wide settings.
 const MESH_NAME: &str = "mesh";
 /// The name of the extension that carries a workload's modes.
 const PEER_AUTHENTICATION_EXTENSION: &str = "peer_authentication";
+/// The name of the extension that says how a workload speaks to pods of its node.
+const SAME_NODE_EXTENSION: &str = "same_node";
 /// How much of a foreign text an error repeats, in characters.
 const QUOTE_LIMIT: usize = 128;
 
@@ -238,6 +240,7 @@ impl At<'_> {
             },
             services: self.workload_services(&message.services, shared)?,
             peer_authentication: shared.modes.one(self.peer_authentication(&message.extensions)?),
+            same_node: self.same_node(&message.extensions)?,
             authorization_policies: shared.policies.one(authorization_policies),
             name: TextEnd::of(&uid, &message.name),
             uid,
@@ -276,17 +279,9 @@ impl At<'_> {
     }
 
     fn peer_authentication(&self, extensions: &[workload::Extension]) -> Result<PeerAuthentication, DecodeError> {
-        let field = "extensions[peer_authentication]";
-        let Some(extension) = extensions.iter().find(|extension| extension.name == PEER_AUTHENTICATION_EXTENSION) else {
-            return Ok(PeerAuthentication::default());
-        };
-        let config = extension.config.as_ref().ok_or_else(|| self.fault(field, Fault::Missing))?;
-        if config.type_url != PEER_AUTHENTICATION_TYPE {
-            let fault = Fault::Type { is: quote(&config.type_url), expected: PEER_AUTHENTICATION_TYPE.to_owned() };
-            return Err(self.fault(format!("{field}.type_url"), fault));
-        }
-        let message = culvert::PeerAuthentication::decode(&*config.value)
-            .map_err(|error| self.fault(field, Fault::Proto(error.to_string())))?;
+        let field = format!("extensions[{PEER_AUTHENTICATION_EXTENSION}]");
+        let message = self.extension(extensions, PEER_AUTHENTICATION_EXTENSION, PEER_AUTHENTICATION_TYPE)?;
+        let Some(message): Option<culvert::PeerAuthentication> = message else { return Ok(PeerAuthentication::default()) };
         let mode = |field: String, value: i32| {
             Ok(match self.value(field, value)? {
                 culvert::peer_authentication::Mode::Permissive => Mode::Permissive,
@@ -302,6 +297,32 @@ impl At<'_> {
             mode: mode(format!("{field}.mode"), message.mode)?,
             ports: ports.collect::<Result<_, DecodeError>>()?,
         })
+    }
+
+    fn same_node(&self, extensions: &[workload::Extension]) -> Result<SameNode, DecodeError> {
+        let message = self.extension(extensions, SAME_NODE_EXTENSION, SAME_NODE_TYPE)?;
+        let Some(message): Option<culvert::SameNode> = message else { return Ok(SameNode::default()) };
+        Ok(match self.value(format!("extensions[{SAME_NODE_EXTENSION}].way"), message.way)? {
+            culvert::same_node::Way::Kernel => SameNode::Kernel,
+            culvert::same_node::Way::Tunnel => SameNode::Tunnel,
+        })
+    }
+
+    /// The message of this type that the extension of this name holds; none when there is no such extension.
+    fn extension<M: Message + Default>(
+        &self,
+        extensions: &[workload::Extension],
+        name: &str,
+        type_url: &str,
+    ) -> Result<Option<M>, DecodeError> {
+        let field = format!("extensions[{name}]");
+        let Some(extension) = extensions.iter().find(|extension| extension.name == name) else { return Ok(None) };
+        let config = extension.config.as_ref().ok_or_else(|| self.fault(&*field, Fault::Missing))?;
+        if config.type_url != type_url {
+            let fault = Fault::Type { is: quote(&config.type_url), expected: type_url.to_owned() };
+            return Err(self.fault(format!("{field}.type_url"), fault));
+        }
+        M::decode(&*config.value).map(Some).map_err(|error| self.fault(field, Fault::Proto(error.to_string())))
     }
 
     fn service(&self, message: workload::Service, shared: &mut Shared) -> Result<Service, DecodeError> {

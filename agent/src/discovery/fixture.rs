@@ -4,7 +4,9 @@ use prost::Message;
 use prost_types::Any;
 
 use crate::proto::discovery::{DeltaDiscoveryResponse, Resource};
-use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE, PEER_AUTHENTICATION_TYPE, culvert, security, workload};
+use crate::proto::{
+    ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE, PEER_AUTHENTICATION_TYPE, SAME_NODE_TYPE, culvert, security, workload,
+};
 
 /// A legal pod `name` of namespace `shop` at `address`, which leaves its trust domain to the mesh.
 pub(super) fn pod(name: &str, address: [u8; 4]) -> workload::Workload {
@@ -43,6 +45,11 @@ pub(super) fn modes(mode: i32, ports: &[(u32, i32)]) -> workload::Extension {
         name: "peer_authentication".to_owned(),
         config: Some(Any { type_url: PEER_AUTHENTICATION_TYPE.to_owned(), value: message.encode_to_vec() }),
     }
+}
+
+pub(super) fn same_node(way: i32) -> workload::Extension {
+    let value = culvert::SameNode { way }.encode_to_vec();
+    workload::Extension { name: "same_node".to_owned(), config: Some(Any { type_url: SAME_NODE_TYPE.to_owned(), value }) }
 }
 
 pub(super) fn pod_resource(message: workload::Workload) -> Resource {

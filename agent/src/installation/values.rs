@@ -120,7 +120,8 @@ macro_rules! fields {
 fields! {
     Checked {
         image: Image, namespace: Namespace, trust_domain: Parsed<TrustDomain>, cluster_domain: Parsed<Name>,
-        root_namespace: Parsed<Name>, excluded_namespaces: Several<Parsed<Name>>, cert_ttl: Time, default_deny: bool, bind_address: Parsed<BindAddress>, log: Log,
+        root_namespace: Parsed<Name>, excluded_namespaces: Several<Parsed<Name>>, cert_ttl: Time, default_deny: bool, same_node: SameNode,
+        bind_address: Parsed<BindAddress>, log: Log,
         priority_quota: bool, prometheus_annotations: bool, agent: Agent, controller: Controller,
     }
     Image { repository: Parsed<ImageWord>, tag: Parsed<OptionalImageWord>, pull_policy: PullPolicy, pull_secrets: Vec<Parsed<Name>> }
@@ -160,6 +161,13 @@ enum PullPolicy {
 enum Update {
     RollingUpdate,
     OnDelete,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum SameNode {
+    Kernel,
+    Tunnel,
 }
 
 #[derive(Deserialize)]

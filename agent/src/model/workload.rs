@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Deref;
 use std::sync::Arc;
 
-use super::{Mode, PeerAuthentication, SpiffeId};
+use super::{Mode, PeerAuthentication, SameNode, SpiffeId};
 
 /// A pod as the mesh sees it. What many pods have in common is shared by all of them: an agent knows the whole mesh.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +34,8 @@ pub struct Workload {
     pub authorization_policies: Arc<Vec<Arc<str>>>,
     /// What its ports accept.
     pub peer_authentication: Arc<PeerAuthentication>,
+    /// How it speaks to other pods of its node.
+    pub same_node: SameNode,
 }
 
 /// A text that is the end of another, which is kept once for both: as a pod's name is of its UID.

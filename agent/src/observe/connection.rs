@@ -43,11 +43,13 @@ impl Direction {
     }
 }
 
-/// How the connection travels between the nodes.
+/// How the connection travels between its pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Security {
     /// In a tunnel, both ends authenticated.
     MutualTls,
+    /// Within the node's kernel, which attests both ends, and not encrypted.
+    Attested,
     /// As it is.
     None,
 }
@@ -58,6 +60,7 @@ impl Security {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::MutualTls => "mutual_tls",
+            Self::Attested => "attested",
             Self::None => "plaintext",
         }
     }
@@ -72,7 +75,7 @@ pub struct ConnectionInfo {
     pub source: Option<Arc<Workload>>,
     /// The address that it dialled from.
     pub source_addr: SocketAddr,
-    /// Its verified identity; none for plaintext.
+    /// Its identity, verified or attested; none for plaintext.
     pub source_identity: Option<SpiffeId>,
     /// The workload that was dialled.
     pub destination: Option<Arc<Workload>>,
@@ -80,7 +83,7 @@ pub struct ConnectionInfo {
     pub destination_addr: SocketAddr,
     /// The address that the application at the source dialled, where it is another.
     pub original_dst: Option<SocketAddr>,
-    /// The destination's verified identity; none for plaintext.
+    /// The destination's identity, verified or attested; none for plaintext.
     pub destination_identity: Option<SpiffeId>,
     /// The service that was dialled, if it was one.
     pub destination_service: Option<Arc<Service>>,
@@ -284,10 +287,21 @@ impl OpenConnection {
 
     /// Ends the connection: counts it and writes its line in the access log. All bytes must have been counted.
     pub fn close(mut self, reason: CloseReason, detail: Option<&dyn fmt::Display>) {
-        self.end(reason, detail);
+        let lasted = self.entry.opened_at.elapsed();
+        self.end(lasted, reason, detail);
     }
 
-    fn end(&mut self, reason: CloseReason, detail: Option<&dyn fmt::Display>) {
+    /// The same, of a connection that others have watched, for as long as they say.
+    pub fn close_after(mut self, lasted: Duration, reason: CloseReason) {
+        self.end(lasted, reason, None);
+    }
+
+    /// The connection goes on without this agent: its end is another's to tell.
+    pub fn leave(mut self) {
+        self.closed = true;
+    }
+
+    fn end(&mut self, duration: Duration, reason: CloseReason, detail: Option<&dyn fmt::Display>) {
         self.closed = true;
         let entry = &self.entry;
         let inner = &self.observer.0;
@@ -299,7 +313,7 @@ impl OpenConnection {
         inner.metrics.count_closed(reason);
         inner.metrics.open_gauge(entry.info.direction).dec();
         let (bytes_sent, bytes_received) = entry.pod_bytes();
-        let ended = Ended { bytes_sent, bytes_received, duration: entry.opened_at.elapsed(), reason, detail };
+        let ended = Ended { bytes_sent, bytes_received, duration, reason, detail };
         access_log::closed(&entry.info, &ended);
     }
 }
@@ -307,7 +321,8 @@ impl OpenConnection {
 impl Drop for OpenConnection {
     fn drop(&mut self) {
         if !self.closed {
-            self.end(CloseReason::Draining, None);
+            let lasted = self.entry.opened_at.elapsed();
+            self.end(lasted, CloseReason::Draining, None);
         }
     }
 }

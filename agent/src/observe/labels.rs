@@ -75,6 +75,7 @@ fn reporter(direction: Direction) -> &'static str {
 fn security_policy(security: Security) -> &'static str {
     match security {
         Security::MutualTls => "mutual_tls",
+        Security::Attested => "attested",
         Security::None => "none",
     }
 }

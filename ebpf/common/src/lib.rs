@@ -10,6 +10,7 @@ pub mod event;
 pub mod namespace;
 pub mod outcome;
 pub mod ruling;
+pub mod same_node;
 pub mod settings;
 pub mod socket;
 
@@ -18,6 +19,7 @@ pub use event::{Event, EventKind};
 pub use namespace::{Namespace, NamespaceState};
 pub use outcome::Outcome;
 pub use ruling::{Admission, Dispatch, ListenerKey, ListenerRole};
+pub use same_node::{Connection, ConnectionEvent, Stage, Verdict, VerdictKey};
 pub use settings::Settings;
 pub use socket::{Socket, SocketKind};
 
@@ -29,7 +31,7 @@ pub const PLAINTEXT_PORT: u16 = 15006;
 pub const HBONE_PORT: u16 = 15008;
 
 /// The version of the maps' layout. Agents share pinned maps only with agents of the same layout.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 #[cfg(feature = "user")]
 mod user {
@@ -44,4 +46,5 @@ mod user {
         };
     }
     pod!(crate::Address, crate::Endpoint, crate::Flow, crate::Namespace, crate::ListenerKey, crate::Settings, crate::Socket);
+    pod!(crate::VerdictKey, crate::Verdict, crate::Connection);
 }

@@ -8,6 +8,7 @@ use crate::Address;
 pub struct Namespace {
     state: u32,
     padding: u32,
+    generation: u64,
     ipv4: Address,
     ipv6: Address,
 }
@@ -23,13 +24,13 @@ pub enum NamespaceState {
     Enrolled,
 }
 
-const _: () = assert!(size_of::<Namespace>() == 40);
+const _: () = assert!(size_of::<Namespace>() == 48);
 
 impl Namespace {
     /// A namespace with nothing of ours in it.
     #[must_use]
     pub const fn exempt() -> Self {
-        Self { state: 0, padding: 0, ipv4: Address::UNSPECIFIED, ipv6: Address::UNSPECIFIED }
+        Self { state: 0, padding: 0, generation: 0, ipv4: Address::UNSPECIFIED, ipv6: Address::UNSPECIFIED }
     }
 
     /// A namespace that waits to be classified.
@@ -38,10 +39,11 @@ impl Namespace {
         Self { state: 1, ..Self::exempt() }
     }
 
-    /// An enrolled pod's namespace. A family that the pod lacks is [`Address::UNSPECIFIED`].
+    /// An enrolled pod's namespace. A family that the pod lacks is [`Address::UNSPECIFIED`]; `generation` is one that the namespace
+    /// has not had before, and not 0.
     #[must_use]
-    pub const fn enrolled(ipv4: Address, ipv6: Address) -> Self {
-        Self { state: 2, padding: 0, ipv4, ipv6 }
+    pub const fn enrolled(ipv4: Address, ipv6: Address, generation: u64) -> Self {
+        Self { state: 2, padding: 0, generation, ipv4, ipv6 }
     }
 
     /// What the namespace is. An unknown value reads as pending, which lets nothing out.
@@ -53,6 +55,13 @@ impl Namespace {
             2 => NamespaceState::Enrolled,
             _ => NamespaceState::Pending,
         }
+    }
+
+    /// What verdicts on the pod must be as new as. Verdicts of another generation are void.
+    #[inline(always)]
+    #[must_use]
+    pub const fn generation(&self) -> u64 {
+        self.generation
     }
 
     /// The pod's own address of IPv4 or of IPv6.

@@ -38,11 +38,22 @@ pub enum Outcome {
     AdmittedLocal = 15,
     /// `sk_lookup`: the kubelet's own connection.
     AdmittedProbe = 16,
+    /// `connect`: straight to another pod of the node, by the agent's verdict.
+    PassedSameNode = 17,
+    /// `sk_lookup`: from another pod of the node, as its connect program attested.
+    AdmittedSameNode = 18,
+    /// `sk_lookup`: the same, but the destination has changed meanwhile: the agent decides.
+    SteeredSameNode = 19,
+    /// `sock_ops`: a connection to another pod of the node was not attested: its source is not the pod's own address, or a map is
+    /// full.
+    UnattestedSameNode = 20,
+    /// `sock_ops`: no room to tell the agent of a connection at once. Its end is told later.
+    DelayedTelling = 21,
 }
 
 impl Outcome {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 22] = [
         Self::Captured,
         Self::PassedOutside,
         Self::PassedLocal,
@@ -60,6 +71,11 @@ impl Outcome {
         Self::DroppedNoListener,
         Self::AdmittedLocal,
         Self::AdmittedProbe,
+        Self::PassedSameNode,
+        Self::AdmittedSameNode,
+        Self::SteeredSameNode,
+        Self::UnattestedSameNode,
+        Self::DelayedTelling,
     ];
 
     /// The word for a metric's label.
@@ -83,6 +99,11 @@ impl Outcome {
             Self::DroppedNoListener => "dropped_no_listener",
             Self::AdmittedLocal => "admitted_local",
             Self::AdmittedProbe => "admitted_probe",
+            Self::PassedSameNode => "passed_same_node",
+            Self::AdmittedSameNode => "admitted_same_node",
+            Self::SteeredSameNode => "steered_same_node",
+            Self::UnattestedSameNode => "unattested_same_node",
+            Self::DelayedTelling => "delayed_telling",
         }
     }
 }

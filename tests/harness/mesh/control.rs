@@ -32,7 +32,7 @@ impl Mesh {
     /// Where the agent of a node has pinned its maps.
     #[must_use]
     pub fn pin_dir(&self, node: usize) -> PathBuf {
-        self.dir.join(NODES[node]).join("bpf").join(NODES[node]).join("v1")
+        self.dir.join(NODES[node]).join("bpf").join(NODES[node]).join("v2")
     }
 
     /// Sends the controller a signal.

@@ -63,6 +63,7 @@ type Sockets = Vec<(ListenerKind, IpAddr, TcpListener)>;
 
 /// What an enrolment has made.
 pub(super) struct Enrolled {
+    pub(super) generation: u64,
     pub(super) routing: RoutingLease,
     pub(super) listeners: Sockets,
 }
@@ -74,6 +75,7 @@ pub(super) struct Enrolment {
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) routing: Routing,
     pub(super) maps: Maps,
+    pub(super) generation: u64,
     pub(super) lookup: LookupProgram,
     pub(super) runtime: tokio::runtime::Handle,
 }
@@ -91,8 +93,8 @@ impl Enrolment {
             self.maps.set_admissions(*address, &wanted)?;
         }
         self.lookup.attach(&self.netns)?;
-        self.maps.set_namespace(self.netns.cookie(), enrolled(addresses))?;
-        Ok(Enrolled { routing, listeners })
+        self.maps.set_namespace(self.netns.cookie(), enrolled(addresses, self.generation))?;
+        Ok(Enrolled { generation: self.generation, routing, listeners })
     }
 
     fn enter(&self) -> Result<(RoutingLease, Sockets), SetupError> {
@@ -110,10 +112,11 @@ impl Enrolment {
     }
 }
 
-fn enrolled(addresses: &[IpAddr]) -> Namespace {
+/// What the programs are told of the namespace of a pod with these addresses.
+pub(super) fn enrolled(addresses: &[IpAddr], generation: u64) -> Namespace {
     let own = |v4: bool| {
         let address = addresses.iter().find(|address| address.is_ipv4() == v4);
         address.map_or(Address::UNSPECIFIED, |address| Address::from(*address))
     };
-    Namespace::enrolled(own(true), own(false))
+    Namespace::enrolled(own(true), own(false), generation)
 }

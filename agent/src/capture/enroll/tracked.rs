@@ -15,7 +15,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::classify::{self, Phase, Standing, Step};
-use super::setup::{Enrolled, Enrolment, SetupError};
+use super::setup::{Enrolled, Enrolment, SetupError, enrolled};
 use super::{Enroller, FIRST_RETRY, LAST_RETRY, Message, excluded};
 use crate::capture::netns::AddressWatch;
 use crate::capture::routing::Routing;
@@ -295,9 +295,10 @@ impl Enroller {
         tracked.judged = true;
         let (netns, routing) = (tracked.netns.clone(), tracked.routing.clone());
         let (maps, lookup, snapshot) = (self.maps.clone(), self.lookup.clone(), Arc::clone(&self.snapshot));
+        let generation = self.same_node.next_generation();
         self.spawn_blocking(move |runtime| {
             let runtime = runtime.clone();
-            let enrolment = Enrolment { netns, workload, snapshot, routing, maps, lookup, runtime };
+            let enrolment = Enrolment { netns, workload, snapshot, routing, maps, generation, lookup, runtime };
             let result = enrolment.run();
             Message::Enrolled { cookie, workload: enrolment.workload, result }
         });
@@ -351,13 +352,13 @@ impl Enroller {
         let made = result.and_then(|enrolled| {
             let listeners = enrolled.listeners.into_iter().map(|(kind, address, socket)| Listener::new(kind, address, socket));
             let listeners: std::io::Result<Vec<_>> = listeners.collect();
-            Ok((enrolled.routing, listeners.map_err(SetupError::Listener)?))
+            Ok((enrolled.generation, enrolled.routing, listeners.map_err(SetupError::Listener)?))
         });
         match made {
-            Ok((routing, listeners)) => {
+            Ok((generation, routing, listeners)) => {
                 tracked.retry = FIRST_RETRY;
                 tracked.phase = Phase::Enrolled(Arc::clone(&workload));
-                let pod = Arc::new(LocalPod::new(tracked.netns.clone(), Arc::clone(&workload), Some(routing)));
+                let pod = Arc::new(LocalPod::new(tracked.netns.clone(), Arc::clone(&workload), generation, Some(routing)));
                 tracked.pod = Some(Arc::clone(&pod));
                 tracing::debug!(pod = %workload.name, namespace = workload.identity.namespace(), "enrolled");
                 let _nobody_serves = self.pods.send(PodEvent::Enrolled { pod, listeners }).await;
@@ -380,8 +381,14 @@ impl Enroller {
         }
         let wanted = classify::admissions(&workload, &self.snapshot);
         let result = workload.addresses.iter().try_for_each(|address| self.maps.set_admissions(*address, &wanted));
+        // Whoever decides by the new generation finds the new workload; and from here on verdicts on the pod are void.
+        let generation = self.same_node.next_generation();
         if let Some(pod) = &tracked.pod {
             pod.set_workload(Arc::clone(&workload));
+        }
+        let result = result.and(self.maps.set_namespace(cookie, enrolled(&workload.addresses, generation)));
+        if let (Ok(()), Some(pod)) = (&result, &tracked.pod) {
+            pod.set_generation(generation);
         }
         let updated = tracked.pod.clone().map(PodEvent::Updated);
         tracked.phase = Phase::Enrolled(workload);

@@ -8,6 +8,8 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use k8s_openapi::jiff::Timestamp;
 
+use super::same_node::labelled;
+use crate::model::SameNode;
 pub(super) use crate::model::enrolment;
 use crate::proto::workload::WorkloadType;
 
@@ -25,6 +27,8 @@ pub(super) struct PodRecord {
     pub(super) created: Option<Timestamp>,
     /// What the pod's own labels say of enrolment.
     pub(super) enrolment: Option<bool>,
+    /// What the pod's own label says of the way to other pods of its node.
+    pub(super) same_node: Option<SameNode>,
     pub(super) maker: (WorkloadType, String),
     /// TCP ports by name.
     pub(super) ports: BTreeMap<String, u16>,
@@ -48,6 +52,7 @@ impl PodRecord {
             ready: ready(pod),
             created: pod.metadata.creation_timestamp.as_ref().map(|time| time.0),
             enrolment: enrolment(&labels),
+            same_node: labelled(&labels),
             maker: maker(pod, &labels),
             ports: ports(pod),
             labels,

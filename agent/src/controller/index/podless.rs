@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::resource::{self, Resource};
 use super::{Index, ObjectName};
+use crate::model::{PeerAuthentication, SameNode};
 use crate::proto::workload::{NetworkMode, TunnelProtocol, Workload, WorkloadStatus};
 
 /// An address behind a service.
@@ -64,6 +65,6 @@ impl Index {
             ..Workload::default()
         };
         let services = BTreeMap::from([(self.service_key(service).to_string(), ports)]);
-        Some(resource::workload(endpoint.uid(), &[], wire, &services, &crate::model::PeerAuthentication::default()))
+        Some(resource::workload(endpoint.uid(), &[], wire, &services, &PeerAuthentication::default(), SameNode::default()))
     }
 }

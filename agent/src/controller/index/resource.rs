@@ -14,10 +14,10 @@ use prost::encoding::{WireType, encode_key, encode_varint};
 use prost_types::Any;
 
 use super::ObjectName;
-use crate::model::{self, Authorization, PeerAuthentication, StringMatch};
+use crate::model::{self, Authorization, PeerAuthentication, SameNode, StringMatch};
 use crate::proto::culvert::{self, peer_authentication::Mode};
 use crate::proto::workload::{Extension, Port, PortList, Service, Workload};
-use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE, PEER_AUTHENTICATION_TYPE, security};
+use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE, PEER_AUTHENTICATION_TYPE, SAME_NODE_TYPE, security};
 
 /// The cluster's name, the first part of workloads' UIDs.
 pub(super) const CLUSTER: &str = "Kubernetes";
@@ -80,17 +80,23 @@ pub(super) fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// A workload's resource. `base` has neither services nor modes yet.
+/// A workload's resource. `base` has neither services nor extensions yet.
 pub(super) fn workload(
     uid: Arc<str>,
     addresses: &[IpAddr],
     mut base: Workload,
     services: &BTreeMap<String, Vec<Port>>,
     modes: &PeerAuthentication,
+    way: SameNode,
 ) -> Resource {
     if *modes != PeerAuthentication::default() {
         let config = Any { type_url: PEER_AUTHENTICATION_TYPE.to_owned(), value: peer_authentication(modes) };
         base.extensions.push(Extension { name: "peer_authentication".to_owned(), config: Some(config) });
+    }
+    if way == SameNode::Tunnel {
+        let value = culvert::SameNode { way: culvert::same_node::Way::Tunnel.into() }.encode_to_vec();
+        let config = Any { type_url: SAME_NODE_TYPE.to_owned(), value };
+        base.extensions.push(Extension { name: "same_node".to_owned(), config: Some(config) });
     }
     let mut message = base.encode_to_vec();
     for (key, ports) in services {

@@ -2,6 +2,7 @@ mod conflicts;
 mod enrolment;
 mod increments;
 mod policies;
+mod same_node;
 mod services;
 
 use std::collections::BTreeMap;
@@ -12,6 +13,7 @@ use prost::Message;
 use super::{Index, MeshSettings, ResourceKind, Update};
 use crate::controller::source::manifests::objects;
 use crate::controller::source::{Change, Kind, ObjectKey};
+use crate::model::SameNode;
 use crate::proto::workload::{Address, Service, TunnelProtocol, Workload, WorkloadStatus, address};
 
 /// Settings as they are without any flag, but for the trust domain.
@@ -21,6 +23,7 @@ pub(in crate::controller) fn settings(trust_domain: &str) -> MeshSettings {
         root_namespace: "istio-system".to_owned(),
         cluster_domain: "cluster.local".to_owned(),
         default_deny: false,
+        same_node: SameNode::Kernel,
         cluster_ranges: Vec::new(),
         excluded_namespaces: [].into(),
     }
@@ -40,7 +43,15 @@ impl World {
     }
 
     pub(in crate::controller) fn of(trust_domain: &str, manifests: &str) -> Self {
-        let index = Index::new(settings(trust_domain));
+        Self::with(settings(trust_domain), manifests)
+    }
+
+    fn with_way(same_node: SameNode, manifests: &str) -> Self {
+        Self::with(MeshSettings { same_node, ..settings("cluster.local") }, manifests)
+    }
+
+    fn with(settings: MeshSettings, manifests: &str) -> Self {
+        let index = Index::new(settings);
         let mut world = Self { index, resources: BTreeMap::new(), warnings: Vec::new(), update: Update::default() };
         world.apply(manifests);
         world

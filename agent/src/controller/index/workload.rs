@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use super::resource::{self, Resource, octets};
 use super::service::{hostname, selects};
 use super::{Index, ObjectName, PodRecord};
+use crate::model::SameNode;
 use crate::proto::culvert::Mesh;
 use crate::proto::workload::{NetworkMode, Port, TunnelProtocol, Workload, WorkloadStatus};
 
@@ -52,7 +53,8 @@ impl Index {
             extensions: Vec::new(),
         };
         let modes = self.policies.modes(&name.namespace, &pod.labels);
-        Some(resource::workload(resource::uid(name), pod.claimed(), wire, &services, &modes))
+        let way = if enrolled { self.same_node(name, pod) } else { SameNode::default() };
+        Some(resource::workload(resource::uid(name), pod.claimed(), wire, &services, &modes, way))
     }
 
     /// The mesh-wide settings.

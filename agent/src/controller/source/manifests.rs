@@ -158,6 +158,7 @@ pub fn fuzz(bytes: &[u8]) {
             root_namespace: mesh.root_namespace.clone(),
             cluster_domain: "cluster.local".to_owned(),
             default_deny: false,
+            same_node: crate::model::SameNode::Kernel,
             cluster_ranges: Vec::new(),
             excluded_namespaces: std::collections::BTreeSet::new(),
         });

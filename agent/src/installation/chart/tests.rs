@@ -125,9 +125,10 @@ fn the_arguments_are_those_that_the_roles_take() {
     let arguments = texts(&arguments);
     assert!(arguments.contains(&"--controller=https://culvert-controller.culvert-system.svc:15012"));
     assert!(arguments.contains(&"--workers=2"));
-    let controller = object(&rendered(&["defaultDeny=true"], &MODERN), "Deployment", "culvert-controller");
+    let controller = object(&rendered(&["defaultDeny=true", "sameNode=tunnel"], &MODERN), "Deployment", "culvert-controller");
     let arguments = container(&controller)["args"].clone();
     assert!(texts(&arguments).contains(&"--default-deny"));
+    assert!(texts(&arguments).contains(&"--same-node=tunnel"));
 }
 
 #[test]

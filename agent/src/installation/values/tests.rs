@@ -105,6 +105,7 @@ fn nonsense_is_refused_by_program_and_schema() {
         ["controller.replica=2"],
         ["agent.privileged=true"],
         ["defaultDeny=maybe"],
+        ["sameNode=direct"],
         ["certTtl=a day"],
         ["trustDomain=Prod"],
         ["trustDomain=''"],

@@ -1,6 +1,6 @@
 use super::*;
 use crate::model::{
-    Action, Authorization, Flow, PeerAuthentication, PortMapping, Rule, Scope, ServedPorts, SpiffeId, TunnelProtocol,
+    Action, Authorization, Flow, PeerAuthentication, PortMapping, Rule, SameNode, Scope, ServedPorts, SpiffeId, TunnelProtocol,
 };
 
 /// A ready pod of the mesh at `address`, on node `n1`.
@@ -19,6 +19,7 @@ pub(crate) fn pod(name: &str, address: &str) -> Workload {
         services: Arc::default(),
         authorization_policies: Arc::default(),
         peer_authentication: Arc::default(),
+        same_node: SameNode::default(),
     }
 }
 

@@ -92,6 +92,7 @@ fn workload(workload: &Workload) -> Value {
         "services": services.collect::<serde_json::Map<_, _>>(),
         "authorization_policies": texts(&workload.authorization_policies),
         "mode": modes.mode.to_string(),
+        "same_node": workload.same_node.to_string(),
         "port_modes": port_modes.collect::<serde_json::Map<_, Value>>(),
     })
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{ConnectionInfo, Direction, Security};
-use crate::model::{PortMapping, Service, TelemetryNames, TunnelProtocol, Workload, WorkloadType};
+use crate::model::{PortMapping, SameNode, Service, TelemetryNames, TunnelProtocol, Workload, WorkloadType};
 
 /// A pod `<name>-0` of the workload `<name>` in `namespace`.
 pub(crate) fn workload(namespace: &str, name: &str, address: &str) -> Workload {
@@ -26,6 +26,7 @@ pub(crate) fn workload(namespace: &str, name: &str, address: &str) -> Workload {
         services: Arc::default(),
         authorization_policies: Arc::default(),
         peer_authentication: Arc::default(),
+        same_node: SameNode::default(),
     }
 }
 
