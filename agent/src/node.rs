@@ -71,7 +71,8 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     let outcomes = capture.maps();
     observer.metrics().read_capture_outcomes_from(Box::new(move || outcomes.outcomes()));
 
-    let same_node = SameNode::new(capture.same_node(), discovery.snapshots(), observer.clone());
+    let same_node =
+        SameNode::new(capture.same_node(), discovery.snapshots(), svids.clone(), Arc::new(SystemClock), observer.clone());
     if let Some(events) = capture.take_same_node_events() {
         tokio::spawn(Arc::clone(&same_node).run(events, capture.maps()));
     }

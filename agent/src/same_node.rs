@@ -8,7 +8,7 @@
 //! Enters: a connection that outbound has carried, and what the programs tell. Leaves: verdicts for the kernel; metrics, access log and
 //! open connections. A verdict is given for what the destination's policies allow this very source by the identity that the agent
 //! enrolled it with, where neither end asks for encryption; it is bound to both pods' generations, so that it is void before the agent
-//! begins to look at what a change denies.
+//! begins to look at what a change denies, and ends with the first of both certificates.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -21,6 +21,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tracing::warn;
 
 use crate::capture::{LocalPod, Maps, SameNodeConnection, SameNodeEvents, SameNodeMaps};
+use crate::identity::{Clock, SvidStore};
 use crate::model::{CloseReason, Flow, SameNode as Way, Snapshot, SpiffeId, Workload};
 use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Security};
 use crate::policy::evaluate::{Evaluation, evaluate};
@@ -32,6 +33,8 @@ const LOOK: Duration = Duration::from_secs(10);
 pub struct SameNode {
     maps: SameNodeMaps,
     snapshots: watch::Receiver<Arc<Snapshot>>,
+    svids: SvidStore,
+    clock: Arc<dyn Clock>,
     observer: Observer,
     pods: Mutex<Pods>,
     decided: Mutex<HashMap<(u64, SocketAddr), Decided>>,
@@ -86,10 +89,16 @@ impl Attested {
 impl SameNode {
     /// Knows of no pod yet.
     #[must_use]
-    pub fn new(maps: SameNodeMaps, snapshots: watch::Receiver<Arc<Snapshot>>, observer: Observer) -> Arc<Self> {
+    pub fn new(
+        maps: SameNodeMaps,
+        snapshots: watch::Receiver<Arc<Snapshot>>,
+        svids: SvidStore,
+        clock: Arc<dyn Clock>,
+        observer: Observer,
+    ) -> Arc<Self> {
         let (pods, decided) = (Mutex::default(), Mutex::default());
         let (open, called_off) = (Mutex::default(), Mutex::default());
-        Arc::new(Self { maps, snapshots, observer, pods, decided, open, called_off })
+        Arc::new(Self { maps, snapshots, svids, clock, observer, pods, decided, open, called_off })
     }
 
     /// A pod is enrolled.
@@ -130,9 +139,16 @@ impl SameNode {
         if !evaluation.verdict.allowed() {
             return;
         }
+        // A tunnel would need them, too.
+        let Some(lasting) = [&from, &into].iter().map(|pod| self.certified(pod)).min().flatten() else { return };
         let decided = Decided { generations, evaluation: Arc::new(evaluation) };
         lock(&self.decided).insert((source.netns.cookie(), destination), decided);
-        self.maps.allow(source, &to, destination, generations);
+        self.maps.allow(source, &to, destination, generations, lasting);
+    }
+
+    /// How long the workload's certificate lasts from now on; none when it has none.
+    fn certified(&self, workload: &Workload) -> Option<Duration> {
+        self.svids.current(&workload.identity)?.not_after.duration_since(self.clock.now()).ok()
     }
 
     /// Who opened the connection between these ends, if it is one of those that stay in the kernel.
@@ -169,13 +185,20 @@ impl SameNode {
     pub async fn run(self: Arc<Self>, mut events: SameNodeEvents, programs: Maps) {
         let mut look = interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (mut news, mut delayed) = (Vec::new(), 0);
+        let (mut news, mut delayed, mut bundle) = (Vec::new(), 0, self.svids.bundle());
+        bundle.mark_unchanged();
         loop {
             tokio::select! {
                 read = events.next(&mut news) => if let Err(error) = read {
                     warn!(%error, "cannot read what the programs tell of connections within the node: they are not accounted for");
                     return;
                 },
+                Ok(()) = bundle.changed() => {
+                    // Others are believed now than those by whom it was decided.
+                    if let Err(error) = self.maps.void_all() {
+                        warn!(%error, "verdicts on connections within the node outlive the roots of their day");
+                    }
+                }
                 _ = look.tick() => {
                     self.forget_decisions();
                     let count = programs.outcomes().into_iter().find(|(word, _)| *word == SameNodeMaps::delayed());

@@ -51,7 +51,9 @@ pub(crate) fn way(namespace: &Namespace, source: u64, destination: Endpoint, own
     // SAFETY: as above.
     let far = unsafe { NAMESPACES.get(verdict.destination) }?;
     let holds = is_as_of(far, verdict.destination_generation) && far.own(destination.address().is_v4()) == destination.address();
-    if !holds || !agent_listens(own) {
+    // SAFETY: the helper takes nothing.
+    let expired = unsafe { bpf_ktime_get_ns() } >= verdict.expires_ns;
+    if !holds || expired || !agent_listens(own) {
         return None;
     }
     Some(Socket::same_node(destination, source, verdict.destination, verdict.destination_generation))

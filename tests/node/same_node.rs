@@ -3,7 +3,7 @@
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use harness::{Capture, Mesh, Pod, PodSpec, app, eventually};
 use nix::sys::signal::Signal;
@@ -22,7 +22,12 @@ struct Stage {
 
 impl Stage {
     fn new() -> Self {
-        let mut mesh = Mesh::start();
+        Self::with(&[])
+    }
+
+    /// The same, with more arguments for the controller.
+    fn with(controller: &[&str]) -> Self {
+        let mut mesh = Mesh::start_with(controller);
         mesh.mode("shop", "STRICT");
         let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 0, enrolled: true });
         [PORT, OTHER_PORT].into_iter().for_each(|port| app::server(&server.netns, port, app::echo));
@@ -288,6 +293,29 @@ fn where_the_network_takes_tunnels_only_connections_go_back_to_them() {
     assert_eq!(stage.outcome("passed_same_node"), passed + 1, "it is tried again and again");
     let told = |line: &&str| line.contains("reason=\"destination_unreachable\"") && line.contains("security=\"attested\"");
     eventually("it is told of", || stage.mesh.log("agent-a").lines().filter(told).count() == 1);
+}
+
+#[test]
+fn a_verdict_ends_with_the_certificates_of_its_day() {
+    let mut stage = Stage::with(&["--cert-ttl", "8s"]);
+    let open = stage.open();
+    stage.mesh.kill_controller();
+    let (killed, mut served) = (Instant::now(), Instant::now());
+    // Who has no certificate waits for one for some seconds before it says so.
+    while stage.reached() {
+        served = Instant::now();
+    }
+    assert!(served - killed < Duration::from_secs(9), "a verdict outlives its certificates");
+    assert!(!stage.reached());
+    app::ping(&open).expect("a connection that was opened before lives on");
+    stage.mesh.start_controller();
+    eventually("there are certificates again", || stage.reached());
+    // Renewals come and go, and are not waited for.
+    let until = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < until {
+        assert!(stage.reached(), "a renewal has broken it");
+    }
+    stage.await_kernel(stage.server());
 }
 
 #[test]

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::run::root;
 
 /// Which modules of the agent each module may name, beside itself. Pure modules first; composition roots may name all.
-const ARROWS: [(&str, &[&str]); 20] = [
+const ARROWS: [(&str, &[&str]); 21] = [
     ("backoff", &[]),
     ("model", &[]),
     ("proto", &[]),
@@ -24,6 +24,7 @@ const ARROWS: [(&str, &[&str]); 20] = [
     ("tunnel", &["model", "identity", "relay"]),
     ("observe", &["model", "policy"]),
     ("serve", &["capture", "drain", "relay"]),
+    ("same_node", &["capture", "identity", "model", "observe", "policy"]),
     ("config", &["observe", "tunnel"]),
     ("installation", &["config", "model"]),
     ("diagnosis", &["capture", "config", "installation", "model", "policy"]),
@@ -40,6 +41,7 @@ const ARROWS: [(&str, &[&str]); 20] = [
             "observe",
             "open_connections",
             "relay",
+            "same_node",
             "serve",
             "tunnel",
         ],
@@ -57,6 +59,7 @@ const ARROWS: [(&str, &[&str]); 20] = [
             "open_connections",
             "policy",
             "relay",
+            "same_node",
             "serve",
             "tunnel",
         ],

@@ -74,13 +74,7 @@ impl SameNodeMaps {
     /// Takes the maps out of the loaded object. What a predecessor decided is void from here on.
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, CaptureError> {
         let mut verdicts: HashMap<_, VerdictKey, Verdict> = table(ebpf, "VERDICTS")?;
-        let keys = verdicts.keys().collect::<Result<Vec<_>, _>>().map_err(failed("VERDICTS"))?;
-        for key in keys {
-            match verdicts.remove(&key) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(failed("VERDICTS")(error)),
-            }
-        }
+        void(&mut verdicts).map_err(failed("VERDICTS"))?;
         // Never one that a predecessor gave: the clock goes on while no agent runs, and generations are given less often than it ticks.
         let first = monotonic().map_err(CaptureError::OwnNetns)?;
         Ok(Self(Arc::new(Tables {
@@ -96,19 +90,35 @@ impl SameNodeMaps {
         self.0.generation.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// Lets connections of `source` to `destination`, an address and port of the pod `to`, go straight there for as long as the pods are of
-    /// these generations, which the caller read before the state that it decided by. What the programs have tried in vain stays with the
+    /// Lets connections of `source` to `destination`, an address and port of the pod `to`, go straight there for a time and while the pods are
+    /// of these generations, which the caller read before the state that it decided by. What the programs have tried in vain stays with the
     /// agent until a pod changes.
-    pub fn allow(&self, source: &LocalPod, to: &LocalPod, destination: SocketAddr, [from_generation, to_generation]: [u64; 2]) {
+    pub fn allow(
+        &self,
+        source: &LocalPod,
+        to: &LocalPod,
+        destination: SocketAddr,
+        [source_generation, destination_generation]: [u64; 2],
+        lasting: Duration,
+    ) {
+        let Ok(now) = monotonic() else { return };
         let key = VerdictKey::new(source.netns.cookie(), destination.into());
-        let verdict =
-            Verdict { source_generation: from_generation, destination: to.netns.cookie(), destination_generation: to_generation };
+        let expires_ns = now.saturating_add(u64::try_from(lasting.as_nanos()).unwrap_or(u64::MAX));
+        let verdict = Verdict { source_generation, destination: to.netns.cookie(), destination_generation, expires_ns };
         let mut verdicts = lock(&self.0.verdicts);
-        let in_vain = |held: Verdict| held.destination_generation == 0 && held.source_generation == from_generation;
+        let in_vain = |held: Verdict| held.destination_generation == 0 && held.source_generation == source_generation;
         if verdicts.get(&key, 0).is_ok_and(in_vain) {
             return;
         }
         let _decided_again_next_time = verdicts.insert(key, verdict, 0);
+    }
+
+    /// Voids all verdicts.
+    ///
+    /// # Errors
+    /// When the kernel does not give one up.
+    pub fn void_all(&self) -> io::Result<()> {
+        void(&mut lock(&self.0.verdicts)).map_err(io::Error::other)
     }
 
     /// The connection between these ends, if it stays in the kernel.
@@ -172,6 +182,16 @@ impl SameNodeEvents {
             }
         }
     }
+}
+
+fn void(verdicts: &mut HashMap<MapData, VerdictKey, Verdict>) -> Result<(), MapError> {
+    for key in verdicts.keys().collect::<Result<Vec<_>, _>>()? {
+        match verdicts.remove(&key) {
+            Ok(()) | Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 fn decode(record: &[u8]) -> Option<SameNodeConnection> {

@@ -236,8 +236,7 @@ impl Index {
             Object::Namespace(namespace) => {
                 let labels = namespace.metadata.labels.as_ref();
                 self.set_namespace(&name.name, labels.and_then(enrolment).unwrap_or(false));
-                self.set_namespace_way(&name.name, labels.and_then(same_node::labelled));
-                self.note_way(&key, labels, origin, warnings);
+                self.set_namespace_way(&key, labels, origin, warnings);
             }
             Object::Pod(pod) => {
                 self.note_way(&key, pod.metadata.labels.as_ref(), origin, warnings);
@@ -275,10 +274,7 @@ impl Index {
         self.forget_way(key);
         match key.kind {
             Kind::Node => self.set_node(key.name.clone(), None),
-            Kind::Namespace => {
-                self.set_namespace(&name.name, false);
-                self.set_namespace_way(&name.name, None);
-            }
+            Kind::Namespace => self.set_namespace(&name.name, false),
             Kind::Pod => self.set_pod(name, None),
             Kind::ServiceAccount => drop(self.accounts.remove(&name)),
             Kind::Service => self.set_service(name, None),

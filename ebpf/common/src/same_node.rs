@@ -24,6 +24,8 @@ pub struct Verdict {
     /// The generation of the destination's entry among the namespaces. 0, which no entry has: it was tried in vain, since the kernel gives
     /// such a connection another source than the pod's own address, or the network does not let it through.
     pub destination_generation: u64,
+    /// `CLOCK_MONOTONIC` in ns when the first of both pods' certificates ends, and the verdict with it.
+    pub expires_ns: u64,
 }
 
 /// A connection that stays in the kernel, by the cookie of the source's socket.
@@ -83,7 +85,7 @@ pub enum Stage {
     Unanswered = 6,
 }
 
-const _: () = assert!(size_of::<VerdictKey>() == 32 && size_of::<Verdict>() == 24);
+const _: () = assert!(size_of::<VerdictKey>() == 32 && size_of::<Verdict>() == 32);
 const _: () = assert!(size_of::<Connection>() == 112 && size_of::<ConnectionEvent>() == 120);
 
 impl VerdictKey {

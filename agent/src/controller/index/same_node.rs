@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::{Index, ObjectName, PodRecord};
-use crate::controller::source::ObjectKey;
+use crate::controller::source::{Kind, ObjectKey};
 use crate::model::SameNode;
 use crate::policy::Problem;
 
@@ -29,15 +29,26 @@ impl Index {
         pod.same_node.or_else(of_namespace).unwrap_or(self.settings.same_node)
     }
 
-    /// A namespace's label says this.
-    pub(super) fn set_namespace_way(&mut self, name: &Arc<str>, way: Option<SameNode>) {
+    /// A namespace has these labels.
+    pub(super) fn set_namespace_way(
+        &mut self,
+        key: &ObjectKey,
+        labels: Option<&BTreeMap<String, String>>,
+        origin: &str,
+        warnings: &mut Vec<String>,
+    ) {
+        self.note_way(key, labels, origin, warnings);
+        self.keep_way(&key.name, labels.and_then(labelled));
+    }
+
+    fn keep_way(&mut self, namespace: &str, way: Option<SameNode>) {
         let namespaces = &mut self.same_node.namespaces;
         let before = match way {
-            Some(way) => namespaces.insert(Arc::clone(name), way),
-            None => namespaces.remove(name),
+            Some(way) => namespaces.insert(namespace.into(), way),
+            None => namespaces.remove(namespace),
         };
         if before != way {
-            self.touch_namespace(Some(Arc::clone(name)));
+            self.touch_namespace(Some(namespace.into()));
         }
     }
 
@@ -50,7 +61,7 @@ impl Index {
         warnings: &mut Vec<String>,
     ) {
         let word = labels.and_then(|labels| labels.get(SameNode::LABEL)).filter(|word| word.parse::<SameNode>().is_err());
-        let Some(word) = word else { return self.forget_way(key) };
+        let Some(word) = word else { return drop(self.same_node.misread.remove(key)) };
         if self.same_node.misread.insert(key.clone(), word.clone()).as_ref() != Some(word) {
             let problem = Problem {
                 field: format!("metadata.labels[{}]", SameNode::LABEL),
@@ -62,8 +73,11 @@ impl Index {
         }
     }
 
-    /// An object is gone, or says nothing amiss any more.
+    /// An object is gone.
     pub(super) fn forget_way(&mut self, key: &ObjectKey) {
         self.same_node.misread.remove(key);
+        if key.kind == Kind::Namespace {
+            self.keep_way(&key.name, None);
+        }
     }
 }

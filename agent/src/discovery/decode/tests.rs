@@ -4,6 +4,7 @@ use prost_types::Any;
 
 use super::super::fixture::{modes, pod, pod_resource, policy_resource, resource, same_node, service, service_resource};
 use super::*;
+use crate::model::{Mode, SameNode};
 use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE};
 
 #[test]
