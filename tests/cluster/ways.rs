@@ -1,9 +1,9 @@
-//! Promise: between pods of the mesh nothing passes in the clear, on one node as between nodes, by whatever address; everybody else talks as
-//! before, until a mode says otherwise.
+//! Promise: between pods of the mesh nothing passes in the clear, between nodes, and on one node where that is asked for, by whatever address;
+//! everybody else talks as before, until a mode says otherwise.
 
 use std::time::Duration;
 
-use harness::cluster::{ENROLLED, NodeCapture, PodSpec, Refusal, Seen, TestNamespace};
+use harness::cluster::{ENROLLED, NodeCapture, PodSpec, Refusal, Seen, TUNNEL, TestNamespace};
 use harness::{Cluster, eventually_within};
 
 const MESH: &str = "ways-mesh";
@@ -45,7 +45,7 @@ struct Stage {
 impl Stage {
     fn new(cluster: Cluster) -> Self {
         let nodes = cluster.nodes();
-        let namespaces = [cluster.namespace(MESH, &[ENROLLED]), cluster.namespace(PLAIN, &[])];
+        let namespaces = [cluster.namespace(MESH, &[ENROLLED, TUNNEL]), cluster.namespace(PLAIN, &[])];
         let pod = |namespace, name, node: usize| PodSpec::new(namespace, name, &nodes[node]);
         let pods =
             [MESH, PLAIN].map(|namespace| [pod(namespace, "client", 0), pod(namespace, "near", 0), pod(namespace, "far", 1)]);

@@ -8,6 +8,8 @@ use super::{Cluster, text};
 
 /// Where Culvert is installed.
 pub const CULVERT: &str = "culvert-system";
+/// The label of a namespace whose pods are to be encrypted within a node as between nodes.
+pub const TUNNEL: (&str, &str) = ("culvert.dev/same-node", "tunnel");
 /// The values that the suite installs with: an agent that is told to stop refuses new connections for as long as it drains, and a short while
 /// says as much as a long one.
 const VALUES: &[&str] = &["agent.drainTimeout=2s"];
