@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use harness::crowd::{ATTEMPT, Attempts, Crowd, Member, Order, PAUSE, delete_objects};
-use harness::{Capture, Mesh, Pod, PodSpec, app, eventually, mesh};
+use harness::{Capture, Mesh, MeshSpec, Pod, PodSpec, app, eventually, mesh};
 
 const PORT: u16 = 8080;
 const STARTS: usize = 1000;
@@ -33,7 +33,9 @@ struct Lab {
 const IDLE: Duration = Duration::from_secs(101);
 
 fn lab(forms: [&str; 2]) -> Lab {
-    let mut mesh = Mesh::start_in(forms);
+    let agents: [&[&str]; 2] = [&["--tunnel-form", forms[0]], &["--tunnel-form", forms[1]]];
+    // Within a node, too, all that members say is to be out of sight.
+    let mut mesh = Mesh::start_as(MeshSpec { controller: &["--same-node", "tunnel"], agents });
     mesh.mode("strict", "STRICT");
     mesh.mode("permissive", "PERMISSIVE");
     let [strict, permissive] = ["strict", "permissive"].map(|name| {
