@@ -39,6 +39,11 @@ impl Capture {
                     kept.lock().expect("no panic").push(frame[..length].to_vec());
                 }
             }
+            // On a busy machine the reader may not have had its turn since: what has passed is in the socket.
+            socket.set_nonblocking(true).expect("a socket option");
+            while let Ok(length) = socket.read(&mut frame) {
+                kept.lock().expect("no panic").push(frame[..length].to_vec());
+            }
         });
         Self { frames, stop, reader: Some(reader) }
     }
