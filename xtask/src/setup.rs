@@ -158,6 +158,17 @@ fn apt(arguments: &[&str]) -> Result<()> {
     run(Command::new("apt-get").env("DEBIAN_FRONTEND", "noninteractive").args(arguments))
 }
 
+/// A program of apt's that knows the package sources in `directory`/parts instead of the machine's; what it learns of them goes to `lists`
+/// beside them.
+pub(crate) fn apt_of(directory: &Path, program: &str) -> Command {
+    let mut apt = Command::new(program);
+    apt.args(["-qq", "-o", "Acquire::Retries=3", "-o", "Dir::Etc::SourceList=/dev/null", "-o", "APT::Sandbox::User=root"]);
+    apt.args(["-o", "Dir::Cache::pkgcache=", "-o", "Dir::Cache::srcpkgcache="]);
+    apt.arg("-o").arg(format!("Dir::Etc::SourceParts={}/parts", directory.display()));
+    apt.arg("-o").arg(format!("Dir::State::Lists={}/lists", directory.display()));
+    apt
+}
+
 /// Reads the lists of packages anew: a fresh machine may have none. Without the means, installing says what is missing.
 fn refresh_packages() -> Result<()> {
     if find("apt-get").is_some() && is_root() { apt(&["update", "-qq"]) } else { Ok(()) }
