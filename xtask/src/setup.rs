@@ -20,6 +20,8 @@ pub(crate) enum Scope {
     Cluster,
     /// Building Kubernetes for such a cluster.
     Kubernetes,
+    /// Booting other kernels.
+    Vm,
     /// Exploring parsers with libFuzzer, which is C++.
     Fuzz,
 }
@@ -62,6 +64,13 @@ const KUBERNETES: [(&str, &str); 3] = [
     ("/usr/lib/go-1.19/bin/go", "golang-1.19-go"),
     ("/usr/share/gocode/src/github.com/modern-go/reflect2", "golang-github-modern-go-reflect2-dev"),
 ];
+/// Programs that boot the distribution's kernels, with Debian's packages that have them.
+const VM: [(&str, &str); 4] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("/var/lib/dpkg/info/busybox-static.list", "busybox-static"),
+    ("xz", "xz-utils"),
+    ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"),
+];
 /// Programs that exploring parsers needs, with Debian's packages that have them.
 const FUZZ: [(&str, &str); 1] = [("c++", "g++")];
 /// What links bpf-linker.
@@ -78,12 +87,13 @@ pub(crate) fn ensure(scope: Scope) -> Result<()> {
         Scope::Bench => [&TEST, &BENCH],
         Scope::Cluster => [&CLUSTER, &[]],
         Scope::Kubernetes => [&KUBERNETES, &[]],
+        Scope::Vm => [&TEST, &VM],
         Scope::Fuzz => [&FUZZ, &[]],
     };
     for (_, packages) in BUILD.iter().chain(more).chain(yet_more).filter(|(program, _)| find(program).is_none()) {
         missing.extend(packages.split(' '));
     }
-    if matches!(scope, Scope::Test | Scope::Bench) && postgres().is_none() {
+    if matches!(scope, Scope::Test | Scope::Bench | Scope::Vm) && postgres().is_none() {
         missing.push("postgresql");
     }
     let (compiler, linker) = (has_kernel_compiler(), has_linker());
