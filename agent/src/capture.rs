@@ -119,8 +119,16 @@ pub enum CaptureError {
     /// The binary has no programs in it.
     #[error("this build has no eBPF programs in it; build it with `cargo xtask build`, which installs what their compiler needs")]
     NoPrograms,
+    /// The kernel is too old, or was built without what is needed.
+    #[error("this kernel, Linux {release}, has no {}; use Linux 5.15 or newer on this node", missing.join(", no "))]
+    Kernel {
+        /// Its version, as it names it.
+        release: String,
+        /// What it has not, each with the version that brought it.
+        missing: Vec<String>,
+    },
     /// The agent's own network namespace cannot be read.
-    #[error("reading the agent's own network namespace: {0}; Linux 5.15 or newer with /proc is needed")]
+    #[error("reading the agent's own network namespace: {0}; /proc is needed")]
     OwnNetns(#[source] io::Error),
     /// There is no cgroup to attach to.
     #[error(transparent)]

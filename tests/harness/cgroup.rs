@@ -23,6 +23,17 @@ pub fn own() -> &'static Path {
     &OWN
 }
 
+/// A directory below [`own`] by the name that a kubelet gives to the one of all pods. The agents' own cgroups are made there; nothing else is.
+///
+/// # Panics
+/// As [`own`].
+#[must_use]
+pub fn pods() -> PathBuf {
+    let pods = own().join("kubepods");
+    fs::create_dir_all(&pods).expect("root may make a cgroup");
+    pods
+}
+
 /// Where the whole tree is mounted.
 fn root() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
@@ -37,12 +48,20 @@ fn root() -> Option<PathBuf> {
 
 /// Removes what ended processes have left: none can leave the cgroup that it is in, and one with processes stays.
 fn remove_left(root: &Path) {
-    let directories = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
-    let of_tests = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(PREFIX));
-    for cgroup in directories(root).filter(of_tests) {
-        for part in directories(&cgroup).filter(|part| part.is_dir()) {
-            let _in_use = fs::remove_dir(part);
-        }
-        let _in_use = fs::remove_dir(cgroup);
-    }
+    // A test cluster's nodes have names that begin so, too.
+    let of_tests = |path: &PathBuf| {
+        let process = path.file_name().and_then(|name| name.to_str()?.strip_prefix(PREFIX)?.parse::<u32>().ok());
+        process.is_some()
+    };
+    directories(root).filter(of_tests).for_each(|cgroup| remove(&cgroup));
+}
+
+/// Removes a cgroup with all below it, as far as it has no processes.
+fn remove(cgroup: &Path) {
+    directories(cgroup).for_each(|part| remove(&part));
+    let _in_use = fs::remove_dir(cgroup);
+}
+
+fn directories(path: &Path) -> impl Iterator<Item = PathBuf> {
+    fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).filter(|path| path.is_dir())
 }

@@ -64,8 +64,11 @@ pub fn eventually_equal<T: Debug + PartialEq>(what: &str, wanted: &T, mut now: i
     });
 }
 
-/// Looks again and again until nothing is lacking.
+/// Looks again and again until nothing is lacking. Where the processor is emulated all takes longer: `CULVERT_SLOWNESS` times as long.
 fn wait(patience: Duration, mut look: impl FnMut() -> Result<(), String>) {
+    let slowness =
+        std::env::var("CULVERT_SLOWNESS").map_or(1, |times| times.parse().expect("CULVERT_SLOWNESS is a whole number"));
+    let patience = patience * slowness;
     let deadline = Instant::now() + patience;
     while let Err(lacking) = look() {
         assert!(Instant::now() < deadline, "not within {} s: {lacking}", patience.as_secs());

@@ -38,6 +38,7 @@ pub const IN_THE_KERNEL: [&str; 2] = ["kernel"; 2];
 pub struct Mesh {
     id: String,
     dir: PathBuf,
+    cgroup_root: PathBuf,
     fabric: Namespace,
     nodes: Vec<Namespace>,
     controller: Option<Child>,
@@ -58,6 +59,8 @@ pub struct MeshSpec<'a> {
     pub controller: &'a [&'a str],
     /// More arguments for the agent of each node.
     pub agents: [&'a [&'a str]; 2],
+    /// Has the agents attached where a kubelet keeps pods, which then is the part of the tree that is theirs.
+    pub kubelet: bool,
 }
 
 impl Mesh {
@@ -115,13 +118,14 @@ impl Mesh {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let id = format!("cv{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let dir = PathBuf::from("/run/culvert-test").join(&id);
-        cgroup::own();
+        let cgroup_root = if spec.kubelet { cgroup::pods() } else { cgroup::own().to_owned() };
         let (fabric, root) = (Namespace::new(&format!("{id}-fabric")), dir.join("state/root-cert.pem"));
         fabric.ip("link add br0 type bridge");
         fabric.ip("link set br0 up");
         let mut mesh = Self {
             id,
             dir,
+            cgroup_root,
             fabric,
             nodes: Vec::new(),
             controller: None,
@@ -201,7 +205,7 @@ impl Mesh {
         command.args(["agent", "--node", name, "--controller", "https://10.77.0.1:15012", "--root-cert"]);
         command.arg(&self.root).arg("--token-file").arg(self.dir.join("state/tokens").join(name));
         command.arg("--netns-dir").arg(self.netns_dir(node)).arg("--bpf-dir").arg(self.dir.join(name).join("bpf"));
-        command.arg("--cgroup-root").arg(cgroup::own());
+        command.arg("--cgroup-root").arg(&self.cgroup_root);
         command.args(&self.agent_arguments[node]).envs(self.agent_environment.iter().cloned());
         self.agents[node] = Some(self.spawn(command, &format!("agent-{name}")));
         let started = format!("agent-{name}");

@@ -20,6 +20,8 @@ pub(crate) enum Scope {
     Cluster,
     /// Building Kubernetes for such a cluster.
     Kubernetes,
+    /// Booting other kernels.
+    Vm,
     /// Exploring parsers with libFuzzer, which is C++.
     Fuzz,
 }
@@ -62,6 +64,13 @@ const KUBERNETES: [(&str, &str); 3] = [
     ("/usr/lib/go-1.19/bin/go", "golang-1.19-go"),
     ("/usr/share/gocode/src/github.com/modern-go/reflect2", "golang-github-modern-go-reflect2-dev"),
 ];
+/// Programs that boot the distribution's kernels, with Debian's packages that have them.
+const VM: [(&str, &str); 4] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("/var/lib/dpkg/info/busybox-static.list", "busybox-static"),
+    ("xz", "xz-utils"),
+    ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"),
+];
 /// Programs that exploring parsers needs, with Debian's packages that have them.
 const FUZZ: [(&str, &str); 1] = [("c++", "g++")];
 /// What links bpf-linker.
@@ -78,12 +87,13 @@ pub(crate) fn ensure(scope: Scope) -> Result<()> {
         Scope::Bench => [&TEST, &BENCH],
         Scope::Cluster => [&CLUSTER, &[]],
         Scope::Kubernetes => [&KUBERNETES, &[]],
+        Scope::Vm => [&TEST, &VM],
         Scope::Fuzz => [&FUZZ, &[]],
     };
     for (_, packages) in BUILD.iter().chain(more).chain(yet_more).filter(|(program, _)| find(program).is_none()) {
         missing.extend(packages.split(' '));
     }
-    if matches!(scope, Scope::Test | Scope::Bench) && postgres().is_none() {
+    if matches!(scope, Scope::Test | Scope::Bench | Scope::Vm) && postgres().is_none() {
         missing.push("postgresql");
     }
     let (compiler, linker) = (has_kernel_compiler(), has_linker());
@@ -156,6 +166,17 @@ fn install(packages: &[&str]) -> Result<()> {
 
 fn apt(arguments: &[&str]) -> Result<()> {
     run(Command::new("apt-get").env("DEBIAN_FRONTEND", "noninteractive").args(arguments))
+}
+
+/// A program of apt's that knows the package sources in `directory`/parts instead of the machine's; what it learns of them goes to `lists`
+/// beside them.
+pub(crate) fn apt_of(directory: &Path, program: &str) -> Command {
+    let mut apt = Command::new(program);
+    apt.args(["-qq", "-o", "Acquire::Retries=3", "-o", "Dir::Etc::SourceList=/dev/null", "-o", "APT::Sandbox::User=root"]);
+    apt.args(["-o", "Dir::Cache::pkgcache=", "-o", "Dir::Cache::srcpkgcache="]);
+    apt.arg("-o").arg(format!("Dir::Etc::SourceParts={}/parts", directory.display()));
+    apt.arg("-o").arg(format!("Dir::State::Lists={}/lists", directory.display()));
+    apt
 }
 
 /// Reads the lists of packages anew: a fresh machine may have none. Without the means, installing says what is missing.

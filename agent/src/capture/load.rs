@@ -21,7 +21,7 @@ use tokio::io::Interest;
 
 use super::cgroup::CgroupRoot;
 use super::maps::Maps;
-use super::{CaptureError, LoadConfig, Netns, SameNodeEvents, SameNodeMaps, bpffs, mounts, others, readiness, routing};
+use super::{CaptureError, LoadConfig, Netns, SameNodeEvents, SameNodeMaps, bpffs, mounts, others, probe, readiness, routing};
 
 /// The programs, as `agent/build.rs` compiled them. Empty in a build without a compiler for them.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert-ebpf"));
@@ -89,6 +89,10 @@ pub(super) struct LookupProgram {
 pub(super) fn load(config: &LoadConfig) -> Result<Loaded, CaptureError> {
     if OBJECT.is_empty() {
         return Err(CaptureError::NoPrograms);
+    }
+    let missing = probe::missing(&probe::features());
+    if !missing.is_empty() {
+        return Err(CaptureError::Kernel { release: probe::release(), missing });
     }
     let own = Netns::current().map_err(CaptureError::OwnNetns)?;
     let cgroup = CgroupRoot::open(config.cgroup_root.as_deref())?;

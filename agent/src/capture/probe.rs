@@ -3,6 +3,8 @@
 //! Enters: the operator's choice of directories. Leaves: what is there and what is missing. Each question is put to the kernel
 //! itself: distributions bring features to older versions, and leave them out of newer ones.
 
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use aya::maps::MapType;
@@ -42,12 +44,20 @@ pub fn features() -> Vec<Feature> {
             ProgramType::CgroupSockAddr,
             BpfHelper::BPF_FUNC_get_netns_cookie,
         ),
-        Feature {
-            name: "network namespaces' cookies of sockets",
-            since: "5.14",
-            present: Netns::current().map(|_| true).map_err(|error| error.to_string()),
-        },
+        Feature { name: "network namespaces' cookies of sockets", since: "5.14", present: answered(Netns::current().map(drop)) },
     ]
+}
+
+/// What of `features` the kernel says it has not, for people. Empty: there is all, as far as the kernel would say.
+pub(super) fn missing(features: &[Feature]) -> Vec<String> {
+    let missing = features.iter().filter(|feature| feature.present == Ok(false));
+    missing.map(|Feature { name, since, .. }| format!("{name} (Linux {since} and newer can have them)")).collect()
+}
+
+/// The kernel's version, as it names it, such as `6.1.0-18-amd64`. Empty without `/proc`.
+#[must_use]
+pub fn release() -> String {
+    fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
 }
 
 /// The cgroup v2 directory that programs would be attached to.
@@ -62,6 +72,15 @@ pub fn cgroup_root(chosen: Option<&Path>) -> Result<PathBuf, CgroupError> {
 #[must_use]
 pub fn bpffs(directory: &Path) -> Option<PathBuf> {
     bpffs::find(directory)
+}
+
+/// An option of sockets that the kernel does not know is a feature that it has not; other errors tell nothing of it.
+fn answered(asked: io::Result<()>) -> Result<bool, String> {
+    match asked {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(false),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 fn said<E: std::error::Error>(answer: Result<bool, E>) -> Result<bool, String> {
@@ -79,5 +98,19 @@ mod tests {
         names.sort_unstable();
         names.dedup();
         assert_eq!(names.len(), all);
+    }
+
+    #[test]
+    fn what_the_kernel_says_it_has_not_is_missing_and_what_it_will_not_say_is_not() {
+        let feature = |name, present| Feature { name, since: "5.14", present };
+        let refused = |number| answered(Err(io::Error::from_raw_os_error(number)));
+        let features = [
+            feature("rings", Ok(true)),
+            feature("cookies", refused(libc::ENOPROTOOPT)),
+            feature("tables", refused(libc::EPERM)),
+            feature("namespaces", answered(Ok(()))),
+        ];
+        assert_eq!(missing(&features), ["cookies (Linux 5.14 and newer can have them)"]);
+        assert!(features[2].present.as_ref().is_err_and(|error| error.contains("not permitted")));
     }
 }

@@ -39,7 +39,7 @@ const CAPABILITIES: [(u32, &str, &str); 3] = [
 /// Looks at everything.
 #[must_use]
 pub fn check(places: &Places) -> Vec<Finding> {
-    let mut findings = vec![kernel(&release())];
+    let mut findings = vec![kernel(&probe::release())];
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let missing = missing_capabilities(&status);
     findings.push(match missing.as_slice() {
@@ -68,10 +68,6 @@ pub fn check(places: &Places) -> Vec<Finding> {
     let agent_runs = agent_runs(METRICS_LISTEN.port());
     findings.extend([ADMIN_LISTEN, METRICS_LISTEN, READY_LISTEN].into_iter().map(|address| port(address, agent_runs)));
     findings
-}
-
-fn release() -> String {
-    fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
 }
 
 /// The version in a kernel's release, such as `6.1.0-18-amd64`.

@@ -10,7 +10,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::run::{root, run};
+use crate::run::{cache, root, run};
 use crate::setup::{self, Scope};
 
 /// What the binary is called, and its other names, each of which makes it that program.
@@ -59,13 +59,6 @@ pub(super) fn programs() -> Result<PathBuf> {
     Ok(built)
 }
 
-/// The user's cache directory.
-fn cache() -> Result<PathBuf> {
-    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = base.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
-    Ok(base.context("neither XDG_CACHE_HOME nor HOME says where to keep what is built")?.join("culvert"))
-}
-
 /// Gets and unpacks the source package, by lists of package sources of its own: the machine's say where, but rarely have sources.
 fn source(work: &Path) -> Result<PathBuf> {
     let (parts, lists, package) = (work.join("apt/parts"), work.join("apt/lists"), work.join("package"));
@@ -75,13 +68,7 @@ fn source(work: &Path) -> Result<PathBuf> {
     let machine = "/etc/apt/sources.list.d/debian.sources";
     let sources = fs::read_to_string(machine).with_context(|| format!("reading {machine}: this build knows Debian's form"))?;
     fs::write(parts.join("source.sources"), sources.replace("Types: deb\n", "Types: deb-src\n"))?;
-    let apt = || {
-        let mut apt = Command::new("apt-get");
-        apt.args(["-qq", "-o", "Acquire::Retries=3", "-o", "Dir::Etc::SourceList=/dev/null", "-o", "APT::Sandbox::User=root"]);
-        apt.arg("-o").arg(format!("Dir::Etc::SourceParts={}", parts.display()));
-        apt.arg("-o").arg(format!("Dir::State::Lists={}", lists.display()));
-        apt
-    };
+    let apt = || setup::apt_of(&work.join("apt"), "apt-get");
     run(apt().arg("update"))?;
     run(apt().args(["source", "--download-only", "kubernetes"]).current_dir(&package))?;
     let files: Vec<PathBuf> = fs::read_dir(&package)?.flatten().map(|entry| entry.path()).collect();
