@@ -15,7 +15,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustls::ClientConfig;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -54,7 +53,7 @@ pub struct Outbound {
     discovery: DiscoveryHandle,
     snapshots: watch::Receiver<Arc<Snapshot>>,
     svids: SvidStore,
-    pool: Pool<TunnelKey, Arc<ClientConfig>>,
+    pool: Pool<TunnelKey, dial::Setup>,
     robin: RoundRobin,
     open: Arc<OpenConnections>,
     same_node: Arc<SameNode>,

@@ -35,7 +35,7 @@ const IDLE: Duration = Duration::from_secs(101);
 fn lab(forms: [&str; 2]) -> Lab {
     let agents: [&[&str]; 2] = [&["--tunnel-form", forms[0]], &["--tunnel-form", forms[1]]];
     // Within a node, too, all that members say is to be out of sight.
-    let mut mesh = Mesh::start_as(MeshSpec { controller: &["--same-node", "tunnel"], agents });
+    let mut mesh = Mesh::start_as(MeshSpec { controller: &["--same-node", "tunnel"], agents, ..MeshSpec::default() });
     mesh.mode("strict", "STRICT");
     mesh.mode("permissive", "PERMISSIVE");
     let [strict, permissive] = ["strict", "permissive"].map(|name| {

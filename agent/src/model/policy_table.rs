@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{Action, Authorization, Flow, Match, Rule, StringMatch};
+use super::{Action, Authorization, Flow, Match, Rule, ServiceAccountMatch, StringMatch};
 
 type Policies = imbl::OrdMap<Arc<str>, Arc<Authorization>>;
 type ByText = imbl::HashMap<Arc<str>, Policies>;
@@ -179,7 +179,8 @@ fn marks_of_rule(rule: &Rule) -> Option<Vec<Mark>> {
 }
 
 fn source_marks(part: &Match) -> Option<Vec<Mark>> {
-    let accounts = || part.service_accounts.iter().map(|one| Mark::Account(one.namespace.clone(), one.service_account.clone()));
+    let mark = |one: &ServiceAccountMatch| Mark::Account(Arc::clone(&one.namespace), Arc::clone(&one.service_account));
+    let accounts = || part.service_accounts.iter().map(mark);
     exact(&part.principals, Mark::Principal)
         .or_else(|| (!part.service_accounts.is_empty()).then(|| accounts().collect()))
         .or_else(|| exact(&part.namespaces, Mark::Namespace))

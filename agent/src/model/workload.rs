@@ -67,7 +67,10 @@ pub struct PodAddresses {
 
 /// The services that a workload serves, by `namespace/hostname`, with its own target ports. In the order of the keys.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct ServedPorts(Box<[(Arc<str>, Box<[PortMapping]>)]>);
+pub struct ServedPorts(Box<[OfService]>);
+
+/// A service's key and the target ports for it.
+type OfService = (Arc<str>, Box<[PortMapping]>);
 
 /// How a workload's agent is to be spoken to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -12,6 +12,9 @@ use super::verify::peer_expiry;
 use super::{HANDSHAKE_TIMEOUT, Tunnel, TunnelError, handshake, hbone, single, tune};
 use crate::model::PeerAddr;
 
+/// Whom a tunnel must lead to, and under which certificate: [`super::tls::client_config`] makes it.
+pub type Setup = Arc<ClientConfig>;
+
 /// A tunnel to the workload that was meant.
 pub struct Dialled {
     /// When the certificate ends that the workload has proved itself with: what it proves, it proves until then.
@@ -28,7 +31,7 @@ pub struct Dialled {
 ///
 /// # Cancel safety
 /// Dropped before it ends, it closes the connection.
-pub async fn handshake(stream: TcpStream, peer: PeerAddr, config: Arc<ClientConfig>) -> Result<Dialled, TunnelError> {
+pub async fn handshake(stream: TcpStream, peer: PeerAddr, config: Setup) -> Result<Dialled, TunnelError> {
     let peer = peer.0;
     tune(&stream).map_err(|source| TunnelError::Connect { peer, source })?;
     let connecting = async {

@@ -1,16 +1,16 @@
 //! Lines on their way to the output: gathered where they are logged, written by a thread of their own, many at a time.
 //!
-//! The thread is woken once for all lines of [`GATHER`]: a busy agent ends thousands of connections a second, and to wake a thread
-//! for each, and call the kernel for each, would cost more than to make the lines.
+//! The first line is written at once; while more come, the thread is woken once for all lines of [`GATHER`]. A busy agent ends
+//! thousands of connections a second, and to wake a thread for each, and call the kernel for each, would cost more than to make the lines.
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tracing_subscriber::fmt::MakeWriter;
 
-/// How long lines are gathered before they are written.
+/// How long lines are gathered that come soon after others were written.
 const GATHER: Duration = Duration::from_millis(5);
 /// How long the last lines may take.
 const LAST_LINES: Duration = Duration::from_secs(1);
@@ -48,10 +48,11 @@ pub(super) fn queue(mut output: impl Write + Send + 'static, limit: usize) -> io
     let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new(), limit, dropped: AtomicU64::new(0) });
     let writing = Arc::clone(&shared);
     std::thread::Builder::new().name("log".to_owned()).spawn(move || {
-        let mut taken = Vec::new();
-        while writing.take(&mut taken) {
+        let (mut taken, mut wait) = (Vec::new(), Instant::now());
+        while writing.take(&mut taken, wait) {
             // There is nobody to tell.
             let _failed = output.write_all(&taken).and_then(|()| output.flush());
+            wait = Instant::now() + GATHER;
         }
         writing.lock().stopped = true;
         writing.changed.notify_all();
@@ -67,13 +68,14 @@ impl Lines {
 }
 
 impl Shared {
-    /// Waits for lines and takes them all in place of those in `taken`; false when there will be no more.
-    fn take(&self, taken: &mut Vec<u8>) -> bool {
+    /// Waits for lines, at least until `then`, and takes them all in place of those in `taken`; false when there will be no more.
+    fn take(&self, taken: &mut Vec<u8>, then: Instant) -> bool {
         taken.clear();
         let nothing = |state: &mut State| state.waiting.is_empty() && !state.stopping;
         let state = self.changed.wait_while(self.lock(), nothing).unwrap_or_else(PoisonError::into_inner);
         let more = |state: &mut State| !state.stopping && state.waiting.len() < self.limit / 2;
-        let waited = self.changed.wait_timeout_while(state, GATHER, more).unwrap_or_else(PoisonError::into_inner);
+        let left = then.saturating_duration_since(Instant::now());
+        let waited = self.changed.wait_timeout_while(state, left, more).unwrap_or_else(PoisonError::into_inner);
         let mut state = waited.0;
         std::mem::swap(&mut state.waiting, taken);
         !taken.is_empty()
