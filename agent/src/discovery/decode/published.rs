@@ -4,6 +4,7 @@
 use prost_types::Any;
 
 use super::*;
+use crate::model::Mode;
 use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE, PEER_AUTHENTICATION_TYPE};
 
 /// A field that no version has yet, of each wire type.
