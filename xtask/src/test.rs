@@ -10,8 +10,9 @@ use crate::run::{cargo, run as run_program};
 use crate::setup::{self, Scope};
 use crate::{installed, launch, tidy, vm};
 
-/// The name of the cluster that the tests make for themselves, so that nobody's own is disturbed.
-const CLUSTER: &str = "test";
+/// The name of the cluster that the tests make for themselves, so that nobody's own is disturbed. What is removed with a cluster is found by its
+/// name, and the other suites' control groups are named `culvert-test-` and a number: not `test`.
+const CLUSTER: &str = "suite";
 /// What they install with. An agent that is told to stop refuses new connections for as long as it drains: a short while says as much as a long
 /// one.
 const VALUES: &[&str] = &["agent.drainTimeout=2s"];
