@@ -16,7 +16,7 @@ use super::shared::Shared;
 use crate::model::spiffe_id::SpiffeIdError;
 use crate::model::{
     Action, Authorization, Clause, IpBlock, Match, PodAddresses, PortMapping, Rule, Scope, ServedPorts, Service,
-    ServiceAccountMatch, SpiffeId, StringMatch, TelemetryNames, TextEnd, TrustDomain, TunnelProtocol, Workload, WorkloadType,
+    ServiceAccountMatch, StringMatch, TelemetryNames, TextEnd, TrustDomain, TunnelProtocol, Workload, WorkloadType,
 };
 use crate::proto::discovery::Resource;
 use crate::proto::{culvert, security, workload};
@@ -201,27 +201,28 @@ impl At<'_> {
             domain => domain.parse().map_err(|error| self.fault("trust_domain", Fault::Identity(error)))?,
         };
         let service_account = if message.service_account.is_empty() { "default" } else { &message.service_account };
-        let identity = SpiffeId::new(trust_domain, &message.namespace, service_account)
+        let identity = shared
+            .identity(trust_domain, &message.namespace, service_account)
             .map_err(|error| self.fault("namespace, service_account", Fault::Identity(error)))?;
         let policies = message.authorization_policies.iter().enumerate();
         let authorization_policies = policies
             .map(|(place, key)| self.key(|| format!("authorization_policies[{place}]"), key, shared))
             .collect::<Result<Vec<_>, _>>()?;
-        let own = |text: &str, other: &str| (text != other).then(|| text.to_owned());
+        let mut own = |text: &str, other: &str| (text != other).then(|| shared.texts.text(text));
         let telemetry = TelemetryNames {
-            canonical_name: own(&message.canonical_name, &message.workload_name).map(|name| shared.texts.one(name)),
-            workload: own(&message.workload_name, &message.name).map(|name| shared.texts.one(name)),
+            canonical_name: own(&message.canonical_name, &message.workload_name),
+            workload: own(&message.workload_name, &message.name),
             workload_type: match self.value("workload_type", message.workload_type)? {
                 workload::WorkloadType::Deployment => WorkloadType::Deployment,
                 workload::WorkloadType::Cronjob => WorkloadType::CronJob,
                 workload::WorkloadType::Pod => WorkloadType::Pod,
                 workload::WorkloadType::Job => WorkloadType::Job,
             },
-            canonical_revision: shared.texts.one(message.canonical_revision),
+            canonical_revision: shared.texts.text(&message.canonical_revision),
         };
         let uid = message.uid.into();
         Ok(Workload {
-            identity: shared.identities.one(identity),
+            identity,
             addresses: self.workload_addresses(&message.addresses)?,
             protocol: match self.value("tunnel_protocol", message.tunnel_protocol)? {
                 workload::TunnelProtocol::None => TunnelProtocol::None,
@@ -241,7 +242,7 @@ impl At<'_> {
             authorization_policies: shared.policies.one(authorization_policies),
             name: TextEnd::of(&uid, &message.name),
             uid,
-            node: shared.texts.one(message.node),
+            node: shared.texts.text(&message.node),
             telemetry: shared.telemetry.one(telemetry),
         })
     }
@@ -296,8 +297,8 @@ impl At<'_> {
             ports: ports.collect::<Result<_, DecodeError>>()?,
             node_local: self.node_local(message.load_balancing.as_ref())?,
             unready_too: self.unready_too(message.load_balancing.as_ref())?,
-            name: shared.texts.one(message.name),
-            namespace: shared.texts.one(message.namespace),
+            name: shared.texts.text(&message.name),
+            namespace: shared.texts.text(&message.namespace),
             hostname: message.hostname.into(),
         })
     }
@@ -433,7 +434,7 @@ impl At<'_> {
     fn key(&self, field: impl Fn() -> String, key: &str, shared: &mut Shared) -> Result<Arc<str>, DecodeError> {
         match key.split_once('/') {
             Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
-                Ok(shared.texts.one(key))
+                Ok(shared.texts.text(key))
             }
             Some(_) | None => Err(self.fault(field(), Fault::Key(quote(key)))),
         }

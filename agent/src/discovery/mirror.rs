@@ -12,7 +12,7 @@ use super::decode::{self, DecodeError, Decoded};
 use super::questions::address_in;
 use super::shared::Shared;
 use crate::model::snapshot::Edit;
-use crate::model::{Snapshot, SpiffeId, TrustDomain, Workload};
+use crate::model::{Snapshot, TrustDomain, Workload};
 use crate::proto::discovery::{DeltaDiscoveryResponse, Resource};
 use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE};
 
@@ -185,7 +185,7 @@ impl Mirror {
         let object = object_of(&decoded);
         let name = match &decoded {
             Decoded::Workload { workload, .. } => Arc::clone(&workload.uid),
-            Decoded::Mesh(_) | Decoded::Service(_) | Decoded::Policy(_) => self.shared.texts.one(&*resource.name),
+            Decoded::Mesh(_) | Decoded::Service(_) | Decoded::Policy(_) => self.shared.texts.text(&resource.name),
         };
         let held = self.held.entry(kind).or_default();
         let former = held.insert(Arc::clone(&name), Held { version: resource.version.as_str().into(), object });
@@ -281,16 +281,18 @@ fn addresses_of(decoded: &Decoded) -> &[IpAddr] {
 }
 
 fn in_domain(mut workload: Workload, trust_domain: &TrustDomain, shared: &mut Shared) -> Workload {
-    let identity = SpiffeId::new(trust_domain.clone(), workload.identity.namespace(), workload.identity.service_account());
-    workload.identity = shared.identities.one(identity.expect("the parts come from an identity, where they were legal"));
+    let (namespace, service_account) = (workload.identity.namespace(), workload.identity.service_account());
+    let identity = shared.identity(trust_domain.clone(), namespace, service_account);
+    workload.identity = identity.expect("the parts come from an identity, where they were legal");
     workload
 }
 
 impl From<&str> for Version {
     fn from(text: &str) -> Self {
-        let digest = u128::from_str_radix(text, 16).map(u128::to_be_bytes).map(Self::Digest);
         // What would be written otherwise than it came is kept as it came.
-        digest.ok().filter(|digest| digest.to_string() == text).unwrap_or_else(|| Self::Text(text.into()))
+        let digits = text.len() == 32 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        let digest = digits.then(|| u128::from_str_radix(text, 16).ok()).flatten();
+        digest.map_or_else(|| Self::Text(text.into()), |digest| Self::Digest(digest.to_be_bytes()))
     }
 }
 

@@ -265,9 +265,11 @@ impl Edit {
 
     /// Adds a workload, or replaces the one of the same UID.
     pub fn upsert_workload(&mut self, workload: Workload) {
-        self.remove_workload(&Arc::clone(&workload.uid));
         let workload = Arc::new(workload);
         let uid = Arc::clone(&workload.uid);
+        if let Some(ByUid(former)) = self.snapshot.workloads.insert(ByUid(Arc::clone(&workload))) {
+            self.forget(&former);
+        }
         let state = &mut self.snapshot;
         if !workload.host_network {
             for address in &workload.addresses {
@@ -287,15 +289,20 @@ impl Edit {
         }
         if workload.node == state.node {
             state.policies.select(&workload);
-            state.local.insert(Arc::clone(&uid), Arc::clone(&workload));
+            state.local.insert(uid, workload);
         }
-        state.workloads.insert(ByUid(workload));
     }
 
     /// Removes the workload of this UID, if there is one.
     pub fn remove_workload(&mut self, uid: &str) {
-        let state = &mut self.snapshot;
-        let Some(ByUid(workload)) = state.workloads.remove(uid) else { return };
+        if let Some(ByUid(workload)) = self.snapshot.workloads.remove(uid) {
+            self.forget(&workload);
+        }
+    }
+
+    /// Removes what is known of a workload elsewhere than in the set of all.
+    fn forget(&mut self, workload: &Workload) {
+        let (state, uid) = (&mut self.snapshot, &*workload.uid);
         if state.local.remove(uid).is_some() {
             state.policies.deselect(uid);
         }
@@ -303,7 +310,7 @@ impl Edit {
             // Another workload may have taken the address over before this one was told to be gone.
             if state.workload_by_address.get(&octets(*address)).is_some_and(|owner| owner.uid == workload.uid) {
                 state.workload_by_address.remove(&octets(*address));
-                for (key, _) in workload_destinations(&workload).filter(|(key, _)| key.0 == *address) {
+                for (key, _) in workload_destinations(workload).filter(|(key, _)| key.0 == *address) {
                     state.destinations.remove(&key);
                 }
             }

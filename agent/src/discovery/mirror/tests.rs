@@ -64,6 +64,16 @@ fn a_bad_resource_leaves_the_last_good_one_and_the_rest_of_its_response_counts()
 }
 
 #[test]
+fn versions_are_told_as_they_came() {
+    let digest = "00112233445566778899aabbccddeeff";
+    for text in [digest, &digest.to_uppercase(), &digest[1..], "+0112233445566778899aabbccddeeff", "7", "", "2024-01-01/7"] {
+        assert_eq!(Version::from(text).to_string(), text);
+    }
+    assert_eq!(size_of_val(&Version::from(digest)), 24);
+    assert!(matches!(Version::from(digest), Version::Digest(_)));
+}
+
+#[test]
 fn what_is_removed_goes_and_so_does_what_another_object_replaces_under_its_name() {
     let mut mirror = mirror();
     apply(&mut mirror, Kind::Mesh, vec![mesh_resource("td", &[])], &[]);

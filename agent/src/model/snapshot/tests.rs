@@ -85,6 +85,25 @@ fn a_removed_pod_leaves_no_destination_behind() {
 }
 
 #[test]
+fn a_workload_that_changes_is_found_as_it_is_now_everywhere() {
+    let (uid, address) = ("Kubernetes//Pod/a/one", |text: &str| text.parse::<IpAddr>().unwrap());
+    let mut edit = with([backend("one", "10.0.0.1")], [web()]).edit();
+    edit.upsert_workload(Workload { healthy: false, ..backend("one", "10.0.0.2") });
+    let snapshot = edit.finish();
+    assert!(snapshot.workload(uid).is_some_and(|workload| !workload.healthy));
+    assert!(snapshot.local_workloads().eq(snapshot.workload(uid)) && snapshot.workloads().eq(snapshot.workload(uid)));
+    assert!(snapshot.workload_at(address("10.0.0.2")).is_some_and(|workload| !workload.healthy));
+    assert!(snapshot.workload_at(address("10.0.0.1")).is_none());
+    assert_eq!(destination(&snapshot, "10.0.0.1", 0), None);
+    let endpoints = snapshot.endpoints(&web().key()).unwrap();
+    assert_eq!((endpoints.ready.len(), endpoints.total), (0, 1));
+    let mut edit = snapshot.edit();
+    edit.upsert_workload(Workload { services: Arc::default(), node: "n2".into(), ..pod("one", "10.0.0.2") });
+    let snapshot = edit.finish();
+    assert_eq!((snapshot.endpoints(&web().key()).unwrap().total, snapshot.local_workloads().count()), (0, 0));
+}
+
+#[test]
 fn an_address_that_a_new_pod_took_over_survives_the_old_ones_removal() {
     let mut edit = with([pod("old", "10.0.0.1")], []).edit();
     edit.upsert_workload(pod("new", "10.0.0.1"));
