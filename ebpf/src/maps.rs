@@ -25,9 +25,13 @@ pub(crate) static NAMESPACES: HashMap<u64, Namespace> = HashMap::with_max_entrie
 #[map]
 pub(crate) static CLAIMED: LruHashMap<u64, u32> = LruHashMap::with_max_entries(8192, 0);
 
+/// Room for a mesh of 200,000 workloads and 20,000 services, each with two addresses, and the services with ten ports on each.
+const MESH: u32 = 1_048_576;
+const _: () = assert!(MESH >= 2 * 200_000 + 2 * 20_000 * (10 + 1));
+
 /// The mesh's addresses, by address and port; port 0 stands for every other port. A `Dispatch`. Written by the agent.
 #[map]
-pub(crate) static DESTINATIONS: HashMap<Endpoint, u32> = HashMap::with_max_entries(1_048_576, NO_PREALLOC);
+pub(crate) static DESTINATIONS: HashMap<Endpoint, u32> = HashMap::with_max_entries(MESH, NO_PREALLOC);
 
 /// The ranges of the cluster's pods and services. Written by the agent.
 #[map]
