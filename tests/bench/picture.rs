@@ -1,4 +1,5 @@
-//! The results as a picture for the README: what is left of a direct connection's speed, and what it costs beside a peer.
+//! The results as a picture for the README: what is left of a direct connection's speed, what it costs beside a peer, and what a large
+//! mesh costs beside what it may.
 
 use std::fmt::Write as _;
 
@@ -32,6 +33,7 @@ struct Bar {
 pub(crate) fn render(facts: &Facts, measured: &[Measured]) -> String {
     let speed = bars(measured, speed_bar);
     let cost = bars(measured, cost_bar);
+    let scale = bars(measured, scale_bar);
     let mut body = String::new();
     let mut y = 34.0;
     text(&mut body, 16.0, y, "title", &format!("Culvert {}: {} × {}", facts.commit, facts.processors, facts.processor));
@@ -40,6 +42,9 @@ pub(crate) fn render(facts: &Facts, measured: &[Measured]) -> String {
     }
     if !cost.is_empty() {
         y = panel(&mut body, y + 36.0, "Cost, as a share of a well-known peer's: less is better", "peer", &cost);
+    }
+    if !scale.is_empty() {
+        y = panel(&mut body, y + 36.0, "A large mesh, as a share of the target: less is better", "target", &scale);
     }
     legend(&mut body, y + 22.0);
     format!(
@@ -96,6 +101,19 @@ fn cost_bar(measured: &Measured, figure: &Figure, path: Path) -> Option<Bar> {
         goal: Some(goal / peer),
         peer: None,
         text: format!("{:.2} · {} {}, peer {}", value / peer, number(value), figure.unit, plain(Bound::Value(peer))),
+    })
+}
+
+/// Figures of which less is better that no peer's are known of, beside the goal.
+fn scale_bar(measured: &Measured, figure: &Figure, path: Path) -> Option<Bar> {
+    let (Some(Bound::Value(goal)), None, Better::Less) = (figure.goal, figure.peer, figure.better) else { return None };
+    let value = measured.spread(figure, path)?.median;
+    Some(Bar {
+        label: label(measured, figure, path),
+        share: value / goal,
+        goal: None,
+        peer: None,
+        text: format!("{:.2} · {} {}, target {}", value / goal, number(value), figure.unit, plain(Bound::Value(goal))),
     })
 }
 
@@ -158,4 +176,43 @@ fn text(body: &mut String, x: f64, y: f64, class: &str, text: &str) {
 
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::results::Sample;
+    use crate::rows::ROWS;
+
+    fn measured(row: &str, values: &[(&'static str, [f64; 2])]) -> Measured {
+        let row = ROWS.iter().find(|known| known.name == row).expect("a row");
+        let paths = row.base.into_iter().chain([row.paths[0]]).zip(if row.base.is_some() { [0, 1] } else { [1, 0] });
+        let sample = |(path, at): (Path, usize)| Sample {
+            path,
+            round: 0,
+            values: values.iter().map(|(key, both)| (*key, both[at])).collect(),
+        };
+        Measured { row, samples: paths.map(sample).collect() }
+    }
+
+    #[test]
+    fn each_kind_of_figure_has_a_bar_of_its_share() {
+        let all = [
+            measured("stream-1-up", &[("rate", [40.0, 20.0]), ("agents_cpu", [0.0, 0.475])]),
+            measured("mesh-size", &[("held_200000", [0.0, 75.0]), ("peak_200000", [0.0, 90.0])]),
+        ];
+        let svg = render(&Facts::collect(), &all);
+        for text in ["0.50 · 20.0 Gbit/s", "0.50 · 0.47 s/GB, peer 0.95", "0.50 · 75.0 MB, target 150"] {
+            assert!(svg.contains(text), "{text} is not in {svg}");
+        }
+        assert_eq!(svg.matches("class=\"bar\"").count(), 3, "what has neither a ratio nor a bound has no bar");
+        assert_eq!(svg.matches(&format!("width=\"{:.1}\"", UNIT / 2.0)).count(), 3);
+    }
+
+    #[test]
+    fn a_bar_that_is_too_long_is_cut_and_text_cannot_break_the_picture() {
+        let svg = render(&Facts::collect(), &[measured("stream-1-up", &[("rate", [1.0, 9.0])])]);
+        assert!(svg.contains(&format!("width=\"{LONGEST:.1}\"")) && svg.contains("9.00 · 9.00 Gbit/s"));
+        assert_eq!(escaped("a < b & c"), "a &lt; b &amp; c");
+    }
 }
