@@ -8,8 +8,9 @@ use crate::test_memory::{Taken, taken_by};
 /// Workloads of each service, as many as a usual Deployment has pods.
 const A_SERVICE: usize = 10;
 
-/// The promise is 150 MB for 200,000 workloads and 20,000 services; 10 MB are what an agent holds without any.
-const A_WORKLOAD: usize = 140_000_000 / 200_000;
+/// The promise is 150 MB for 200,000 workloads and 20,000 services, of which 10 MB are what an agent holds without any and some is what
+/// the allocator cannot use: 700 bytes each would be too many. It is held to what it is.
+const A_WORKLOAD: usize = 625;
 
 #[test]
 fn two_hundred_thousand_workloads_fit_into_an_agent() {
