@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use clap::Parser;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -120,7 +120,7 @@ struct Outcome {
 fn measure_all(rows: &[&'static Row], scale: Scale, other: Option<PathBuf>) -> Outcome {
     let with_other = other.is_some();
     let mut lab = Lab::new(other);
-    let mut done = Vec::new();
+    let (mut done, mut failed) = (Vec::new(), Vec::new());
     let begun = Instant::now();
     for row in rows {
         let mut paths: Vec<_> = row.base.iter().chain(row.paths).copied().collect();
@@ -129,10 +129,17 @@ fn measure_all(rows: &[&'static Row], scale: Scale, other: Option<PathBuf>) -> O
         }
         match measure(row, &paths, &mut lab, scale, begun) {
             Ok(measured) => done.push(measured),
-            Err(error) => return Outcome { done, ended: Err(error.context(row.name)) },
+            Err(error) if interrupt::wanted() => return Outcome { done, ended: Err(error.context(row.name)) },
+            // The others do not depend on it, once everything is made anew.
+            Err(error) => {
+                eprintln!("bench: {}: {error:#}", row.name);
+                failed.push(row.name);
+                lab.clear();
+            }
         }
     }
-    Outcome { done, ended: Ok(()) }
+    let ended = if failed.is_empty() { Ok(()) } else { Err(anyhow!("not measured: {}", failed.join(", "))) };
+    Outcome { done, ended }
 }
 
 fn measure(row: &'static Row, paths: &[topology::Path], lab: &mut Lab, scale: Scale, begun: Instant) -> Result<Measured> {

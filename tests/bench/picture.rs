@@ -118,8 +118,10 @@ fn scale_bar(measured: &Measured, figure: &Figure, path: Path) -> Option<Bar> {
 }
 
 fn label(measured: &Measured, figure: &Figure, path: Path) -> String {
-    // What is indented in the table belongs to the line above it.
-    let above = figure.title.starts_with(' ').then(|| measured.row.figures.first().map_or("", |first| first.title));
+    // What is indented in the table belongs to the line above it that is not.
+    let up_to = measured.row.figures.iter().take_while(|other| other.key != figure.key);
+    let above = up_to.filter(|other| !other.title.starts_with(' ')).last().filter(|_| figure.title.starts_with(' '));
+    let above = above.map(|above| above.title);
     let place = if measured.row.base == Some(Path::DirectSameNode) { "same node" } else { path.about() };
     let words = [above.unwrap_or_default(), figure.title.trim(), place];
     words.into_iter().filter(|words| !words.is_empty()).collect::<Vec<_>>().join(", ")
@@ -200,13 +202,17 @@ mod tests {
         let all = [
             measured("stream-1-up", &[("rate", [40.0, 20.0]), ("agents_cpu", [0.0, 0.475])]),
             measured("mesh-size", &[("held_200000", [0.0, 75.0]), ("peak_200000", [0.0, 90.0])]),
+            measured("memory", &[("each_of_most_a", [0.0, 3.5])]),
         ];
         let svg = render(&Facts::collect(), &all);
-        for text in ["0.50 · 20.0 Gbit/s", "0.50 · 0.47 s/GB, peer 0.95", "0.50 · 75.0 MB, target 150"] {
+        for text in
+            ["0.50 · 20.0 Gbit/s", "0.50 · 0.47 s/GB, peer 0.95", "0.50 · 75.0 MB, target 150", "0.50 · 3.50 KiB each, peer 7"]
+        {
             assert!(svg.contains(text), "{text} is not in {svg}");
         }
-        assert_eq!(svg.matches("class=\"bar\"").count(), 3, "what has neither a ratio nor a bound has no bar");
-        assert_eq!(svg.matches(&format!("width=\"{:.1}\"", UNIT / 2.0)).count(), 3);
+        assert_eq!(svg.matches("class=\"bar\"").count(), 4, "what has neither a ratio nor a bound has no bar");
+        assert_eq!(svg.matches(&format!("width=\"{:.1}\"", UNIT / 2.0)).count(), 4);
+        assert!(svg.contains(">1 stream to the server, both agents' CPU<"), "what is below a line is named after it");
     }
 
     #[test]

@@ -15,8 +15,8 @@ const STEPS: [(usize, [&str; 2]); 2] =
     [(1000, ["each_of_1000_a", "each_of_1000_b"]), (10_000, ["each_of_most_a", "each_of_most_b"])];
 /// An agent gives back what only starting took a moment after it knows the mesh.
 pub(super) const STARTED: Duration = Duration::from_secs(4);
-/// An agent takes a connection for each four descriptors that it may have; some of those are spoken for.
-const DESCRIPTORS_EACH: u64 = 4;
+/// An agent takes a connection for each four descriptors that it may have, and from one client half of those; some are spoken for.
+const DESCRIPTORS_EACH: u64 = 8;
 const SPOKEN_FOR: u64 = 400;
 
 pub(super) fn measure(topology: &Topology, path: Path, scale: Scale) -> Result<Values> {

@@ -140,12 +140,12 @@ pub(crate) const ROWS: &[Row] = &[
         base: None,
         paths: &[Path::Culvert],
         figures: &[
-            Figure::less("held_10000", "10,000 workloads, an agent holds", MB),
+            Figure::less("held_10000", "10,000 workloads, held by an agent", MB),
             Figure::less("peak_10000", "  at most, while it starts", MB),
-            Figure::less("ready_10000", "  from start to ready", "s"),
-            Figure::less("held_200000", "200,000 workloads, an agent holds", MB).goal(Value(150.0)),
+            Figure::less("ready_10000", "10,000 workloads, start to ready", "s"),
+            Figure::less("held_200000", "200,000 workloads, held by an agent", MB).goal(Value(150.0)),
             Figure::less("peak_200000", "  at most, while it starts", MB),
-            Figure::less("ready_200000", "  from start to ready", "s").goal(Value(2.0)),
+            Figure::less("ready_200000", "200,000 workloads, start to ready", "s").goal(Value(2.0)),
         ],
     },
 ];
