@@ -231,12 +231,10 @@ fn what_cannot_be_told_of_a_connection_never_allows_always_denies_and_is_reporte
         for (action, effect) in [("ALLOW", "allows less"), ("DENY", "denies more")] {
             scene.check(action, &rule, |_| false);
             let name = format!("shop/rule-{}", scene.policies);
-            let log = scene.mesh.log("controller");
-            let reported = log.lines().any(|line| {
-                let parts = [name.as_str(), &format!("spec.rules[0].{field}"), value, effect];
-                parts.into_iter().all(|part| line.contains(part))
+            let parts = [name.as_str(), &format!("spec.rules[0].{field}"), value, effect];
+            eventually(&format!("{action} {rule} is reported"), || {
+                scene.mesh.log("controller").lines().any(|line| parts.iter().all(|part| line.contains(part)))
             });
-            assert!(reported, "{action} {rule} is not reported:\n{log}");
         }
     }
     // The rest of a DENY still counts; the other rules of an ALLOW, too.
@@ -323,7 +321,8 @@ fn policies_for_waypoints_dry_runs_and_audits_change_nothing_and_are_told_of() {
     scene.check("DENY", &from("principals: [\"*/sa/friend\"]"), |it| !it.is(FRIEND));
     let denied = format!("rule-{}", scene.policies);
     assert!(verdicts(&scene, &denied, "deny", false) > 0, "a denial is counted by its policy");
-    assert!(scene.mesh.log("agent-b").contains(&format!("by DENY policy shop/{denied}")), "and said in the access log");
+    let said = format!("by DENY policy shop/{denied}");
+    eventually("it is said in the access log", || scene.mesh.log("agent-b").contains(&said));
 }
 
 /// A client's connections over both families, open.

@@ -92,14 +92,19 @@ fn pods_that_come_and_go_leave_nothing_behind_and_break_nobody_elses_connection(
     let idle = open(&client, &server);
     let steady = Steady::start(open(&client, &server));
     let before = [holdings(&mesh, 0), holdings(&mesh, 1)];
-    (0..8).for_each(|number| round(&mut mesh, number, (&client, &server)));
-    settle(&mesh, &before);
-    let memory = [0, 1].map(|node| mesh.agent_memory(node));
-    (8..32).for_each(|number| round(&mut mesh, number, (&client, &server)));
+    let mut memory = [Vec::new(), Vec::new()];
+    for number in 0..32 {
+        round(&mut mesh, number, (&client, &server));
+        for (node, memory) in memory.iter_mut().enumerate() {
+            memory.push(mesh.agent_memory(node));
+        }
+    }
     settle(&mesh, &before);
     for node in [0, 1] {
-        let now = mesh.agent_memory(node);
-        assert!(now < memory[node] + (4 << 20), "node {node} holds {now} bytes, {} after eight rounds", memory[node]);
+        // An agent gives memory back now and then, and takes it again: what piles up shows in the least that it ever has.
+        let (early, late) = memory[node].split_at(8);
+        let (early, late) = (early.iter().max(), late[16..].iter().min());
+        assert!(late < early.map(|most| most + (4 << 20)).as_ref(), "node {node} holds {memory:?} bytes");
         let held = mesh.metrics(node).count("culvert_certificate_expiry_timestamp_seconds");
         assert_eq!(held, 1, "certificates of pods that are gone");
     }
