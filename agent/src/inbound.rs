@@ -31,7 +31,7 @@ use crate::limits::{Antechamber, Share, Shares};
 use crate::model::{CloseReason, Flow, Mode, PeerAddr, Snapshot, SpiffeId, Verdict, Workload};
 use crate::observe::{ConnectionInfo, CountedTunnel, Direction, Observer, OpenConnection, Security, Side};
 use crate::open_connections::{OpenConnections, Registered};
-use crate::policy::evaluate::evaluate;
+use crate::policy::evaluate::{evaluate, judge};
 use crate::policy::explain::explain;
 use crate::relay::{Sink, Source, relay, tcp};
 use crate::same_node::SameNode;
@@ -338,8 +338,7 @@ impl Inbound {
             return Err(Refusal { reason: CloseReason::PlaintextRefused, detail });
         }
         let snapshot = Arc::clone(&self.snapshots.borrow());
-        let (policies, missing) = snapshot.policies_for(workload);
-        let evaluation = evaluate(flow, &policies, &missing, snapshot.default_deny());
+        let evaluation = judge(&snapshot, workload, flow);
         self.observer.metrics().evaluation(&evaluation);
         match &evaluation.verdict {
             Verdict::Allow { .. } => Ok(()),

@@ -24,7 +24,7 @@ use crate::capture::{LocalPod, Maps, SameNodeConnection, SameNodeEvents, SameNod
 use crate::identity::{Clock, SvidStore};
 use crate::model::{CloseReason, Flow, SameNode as Way, Snapshot, SpiffeId, Workload};
 use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Security};
-use crate::policy::evaluate::{Evaluation, evaluate};
+use crate::policy::evaluate::{Evaluation, judge};
 
 /// How often it is looked whether the end of a connection could not be told.
 const LOOK: Duration = Duration::from_secs(10);
@@ -135,7 +135,8 @@ impl SameNode {
         if encrypt || !into.tunnelled(destination.port()) || !source.addresses.contains(&client.ip()) {
             return;
         }
-        let evaluation = judge(&snapshot, &into, Some(from.identity.clone()), client, destination);
+        let evaluation =
+            judge(&snapshot, &into, &Flow { source_identity: Some(from.identity.clone()), source: client, destination });
         if !evaluation.verdict.allowed() {
             return;
         }
@@ -293,8 +294,9 @@ impl SameNode {
             let into = self.pod(connection.destination_netns)?.workload();
             let from = self.pod(connection.source_netns)?.workload();
             let snapshot = Arc::clone(&self.snapshots.borrow());
-            let identity = Some(from.identity.clone());
-            Some(Arc::new(judge(&snapshot, &into, identity, connection.source, connection.destination)))
+            let (source, destination) = (connection.source, connection.destination);
+            let flow = Flow { source_identity: Some(from.identity.clone()), source, destination };
+            Some(Arc::new(judge(&snapshot, &into, &flow)))
         });
         if let Some(evaluation) = evaluation {
             self.observer.metrics().evaluation(&evaluation);
@@ -330,18 +332,6 @@ impl Drop for SameNode {
             inbound.into_iter().for_each(OpenConnection::leave);
         }
     }
-}
-
-fn judge(
-    snapshot: &Snapshot,
-    destination: &Workload,
-    source_identity: Option<SpiffeId>,
-    source: SocketAddr,
-    dialled: SocketAddr,
-) -> Evaluation {
-    let (policies, missing) = snapshot.policies_for(destination);
-    let flow = Flow { source_identity, source, destination: dialled };
-    evaluate(&flow, &policies, &missing, snapshot.default_deny())
 }
 
 /// Every change of what is locked is one call: it is whole also after a panic.

@@ -6,7 +6,9 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crate::model::{Action, Applicable, Clause, Flow, IpBlock, Match, Rule, ServiceAccountMatch, StringMatch, Verdict};
+use crate::model::{
+    Action, Applicable, Clause, Flow, IpBlock, Match, Rule, ServiceAccountMatch, Snapshot, StringMatch, Verdict, Workload,
+};
 
 /// A verdict with its reason and its side effects.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +39,13 @@ pub enum Cause {
     DeniedByDefault,
     /// Allowed: no ALLOW policy applies, and the mesh allows by default.
     AllowedByDefault,
+}
+
+/// What the policies that apply to `destination` say of a connection to it.
+#[must_use]
+pub fn judge(snapshot: &Snapshot, destination: &Workload, flow: &Flow) -> Evaluation {
+    let (policies, missing) = snapshot.policies_for(destination);
+    evaluate(flow, &policies, &missing, snapshot.default_deny())
 }
 
 /// Rules on `flow` by the `policies` that apply to its destination.
