@@ -17,8 +17,10 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
 mod queue;
+mod text;
 
 use queue::{Lines, Writing, queue};
+use text::PlainText;
 
 /// The environment variable with the filter.
 pub const FILTER_VARIABLE: &str = "CULVERT_LOG";
@@ -173,7 +175,8 @@ where
 {
     let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(ansi);
     let lines = match format {
-        LogFormat::Text => lines.boxed(),
+        LogFormat::Text if ansi => lines.boxed(),
+        LogFormat::Text => lines.event_format(PlainText).boxed(),
         LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).with_span_list(true).boxed(),
     };
     Registry::default().with(filter).with(lines)

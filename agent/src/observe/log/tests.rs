@@ -58,6 +58,28 @@ fn a_text_line_has_no_terminal_codes() {
 }
 
 #[test]
+fn a_text_line_is_the_librarys_own() {
+    let act = || {
+        let _span = tracing::info_span!("outer", id = 7).entered();
+        let _inner = tracing::info_span!("inner").entered();
+        let (error, none) = (io::Error::other("no way"), None::<u8>);
+        tracing::warn!(target: "unit", text = "a \"b\"", %error, debug = ?Some(1), src.addr = "x", none, up = true, left = -3i64, "hello {}", 5);
+    };
+    let lines = Lines::default();
+    let layer = tracing_subscriber::fmt::layer().with_writer(lines.clone()).with_ansi(false);
+    tracing::subscriber::with_default(Registry::default().with(layer), act);
+    let (theirs, ours) = (lines.text(), logged(LogFormat::Text, "info", act));
+    let without_time = |line: &str| line.split_once(' ').map(|(_time, rest)| rest.to_owned()).expect("a time");
+    assert_eq!(without_time(&ours), without_time(&theirs));
+}
+
+#[test]
+fn a_value_can_not_begin_a_line_or_command_a_terminal() {
+    let text = logged(LogFormat::Text, "info", || tracing::info!(value = %"a\nb\u{1b}[2Jc\u{9b}d é", "hello"));
+    assert!(text.ends_with("hello value=a\\nb\\u{1b}[2Jc\\u{9b}d é\n"), "{text:?}");
+}
+
+#[test]
 fn filters_pass_what_they_say() {
     let act = || {
         tracing::debug!(target: "culvert::tunnel", "ours");
