@@ -9,7 +9,7 @@ use harness::Namespace;
 
 /// The page of an agent at `path`, an error if its status is not 200.
 pub(crate) fn get(node: &Namespace, port: u16, path: &str) -> Result<String> {
-    let request = format!("GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.0\r\nHost: agent\r\n\r\n");
     let answer = node.run(move || -> std::io::Result<String> {
         let mut stream = TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))?;
         stream.write_all(request.as_bytes())?;
@@ -18,7 +18,7 @@ pub(crate) fn get(node: &Namespace, port: u16, path: &str) -> Result<String> {
         Ok(answer)
     })?;
     let (head, page) = answer.split_once("\r\n\r\n").context("no answer of HTTP")?;
-    ensure!(head.starts_with("HTTP/1.1 200"), "{path}: {}", head.lines().next().unwrap_or_default());
+    ensure!(head.starts_with("HTTP/1.0 200"), "{path}: {}", head.lines().next().unwrap_or_default());
     Ok(page.to_owned())
 }
 

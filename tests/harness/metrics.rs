@@ -48,7 +48,7 @@ impl Metrics {
 pub fn get(from: SocketAddr, path: &str) -> io::Result<String> {
     let mut stream = TcpStream::connect(from)?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nhost: agent\r\nconnection: close\r\n\r\n")?;
+    write!(stream, "GET {path} HTTP/1.0\r\nhost: agent\r\n\r\n")?;
     let mut page = String::new();
     stream.read_to_string(&mut page)?;
     Ok(page)

@@ -11,7 +11,7 @@ fn answer(mesh: &Mesh, node: usize) -> String {
 }
 
 fn is_ready(mesh: &Mesh, node: usize) -> bool {
-    answer(mesh, node).starts_with("HTTP/1.1 200 ")
+    answer(mesh, node).starts_with("HTTP/1.0 200 ")
 }
 
 #[test]
@@ -19,7 +19,7 @@ fn an_agent_is_ready_from_when_it_knows_the_mesh() {
     let mut mesh = Mesh::prepare(MeshSpec::default());
     mesh.start_agent(0);
     let early = answer(&mesh, 0);
-    assert!(early.starts_with("HTTP/1.1 503 ") && early.contains("mesh known: not yet"), "{early}");
+    assert!(early.starts_with("HTTP/1.0 503 ") && early.contains("mesh known: not yet"), "{early}");
     assert!(!early.contains("programs"), "what is there is not missing: {early}");
     mesh.start_controller();
     eventually("it is ready", || is_ready(&mesh, 0));
@@ -28,7 +28,7 @@ fn an_agent_is_ready_from_when_it_knows_the_mesh() {
     assert!(is_ready(&mesh, 0), "what it knows holds without a controller");
     // One that starts now knows nothing.
     mesh.start_agent(1);
-    assert!(answer(&mesh, 1).starts_with("HTTP/1.1 503 "));
+    assert!(answer(&mesh, 1).starts_with("HTTP/1.0 503 "));
     mesh.start_controller();
     eventually("it is ready, too", || is_ready(&mesh, 1));
 }

@@ -201,14 +201,14 @@ impl Observer {
         access_log::failed(info, reason, detail);
     }
 
-    /// The page of metrics in OpenMetrics text, open connections included up to this moment.
-    #[must_use]
-    pub fn exposition(&self) -> String {
+    /// Writes the page of metrics in OpenMetrics text, open connections included up to this moment. Takes as long as `page` takes what is
+    /// written, and holds nobody up.
+    ///
+    /// # Errors
+    /// Those of `page`: the metrics add none of their own.
+    pub fn expose(&self, page: &mut impl fmt::Write) -> fmt::Result {
         self.each_open(|entry| entry.flush());
-        let mut page = String::with_capacity(64 * 1024);
-        // Writing to a `String` does not fail, and the collectors add no failure of their own.
-        self.0.metrics.encode(&mut page).unwrap_or_else(|error| tracing::warn!(%error, "metrics page is not complete"));
-        page
+        self.0.metrics.encode(page)
     }
 
     /// How many connections are open.

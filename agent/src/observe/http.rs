@@ -106,8 +106,8 @@ impl Server {
 pub fn metrics_router(observer: Observer) -> Router {
     let page = move || {
         let observer = observer.clone();
-        // A large page takes milliseconds to write: not on a thread that moves bytes.
-        async move { offload(move || content(CONTENT_TYPE, observer.exposition())).await }
+        let body = page::body(move |page| observer.expose(page));
+        async { ([(header::CONTENT_TYPE, CONTENT_TYPE)], body) }
     };
     Router::new().route("/metrics", get(page.clone())).route("/stats/prometheus", get(page))
 }
@@ -185,5 +185,6 @@ impl AsyncWrite for BoundedStream {
     }
 }
 
+mod page;
 #[cfg(test)]
 pub(super) mod tests;

@@ -1,7 +1,7 @@
 //! Every metric of the agent.
 //!
 //! Enters: facts from the parts that know them, through typed methods; counts kept elsewhere (the programs' outcomes, dropped log
-//! lines), read at each scrape. Leaves: one page of OpenMetrics text ([`super::Observer::exposition`]).
+//! lines), read at each scrape. Leaves: one page of OpenMetrics text ([`super::Observer::expose`]).
 //!
 //! The encoder appends `_total` to counters and `_info` to infos; the names in the tests are the ones a scraper sees. A label value
 //! that comes from outside is escaped, and the number of its values is bounded.
@@ -12,6 +12,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use prometheus_client::collector::Collector;
+use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
@@ -61,7 +62,8 @@ pub type CountSource = Box<dyn Fn() -> Vec<(&'static str, u64)> + Send + Sync>;
 
 /// Every metric of the agent. All methods are cheap enough for once a connection; none is for once a read.
 pub struct Metrics {
-    registry: Registry,
+    own: Registry,
+    pairs: Registry,
     pub(super) traffic: Arc<Traffic>,
     closed: [Counter; CloseReason::ALL.len()],
     connections_open: [Gauge; 2],
@@ -105,7 +107,8 @@ impl Metrics {
     #[must_use]
     pub fn new(node: &str) -> Self {
         let mut metrics = Self {
-            registry: Registry::default(),
+            own: Registry::default(),
+            pairs: Registry::default(),
             traffic: Arc::new(Traffic::new(MAX_PAIRS)),
             closed: Default::default(),
             connections_open: Default::default(),
@@ -121,10 +124,10 @@ impl Metrics {
             plaintext_refused: Counter::default(),
             capture_outcomes: Arc::default(),
         };
-        let mut registry = Registry::default();
-        registry.register_collector(Box::new(TrafficCollector(Arc::clone(&metrics.traffic))));
-        metrics.register_own(registry.sub_registry_with_prefix("culvert"), node);
-        metrics.registry = registry;
+        let mut own = Registry::with_prefix("culvert");
+        metrics.register_own(&mut own, node);
+        metrics.own = own;
+        metrics.pairs.register_collector(Box::new(TrafficCollector(Arc::clone(&metrics.traffic))));
         metrics
     }
 
@@ -155,9 +158,15 @@ impl Metrics {
         }));
     }
 
-    /// Writes the page. Counts of open connections are as fresh as their last flush: see [`super::Observer::exposition`].
-    pub(super) fn encode(&self, page: &mut String) -> Result<(), fmt::Error> {
-        prometheus_client::encoding::text::encode(page, &self.registry)
+    /// Writes the page. Counts of open connections are as fresh as their last flush: see [`super::Observer::expose`].
+    pub(super) fn encode(&self, page: &mut impl fmt::Write) -> fmt::Result {
+        // Families are locked while they are written, and `page` may wait for a slow client; the table of pairs is not.
+        let mut own = String::new();
+        encode_registry(&mut own, &self.own)?;
+        page.write_str(&own)?;
+        drop(own);
+        encode_registry(page, &self.pairs)?;
+        encode_eof(page)
     }
 
     pub(super) fn count_closed(&self, reason: CloseReason) {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{ConnectionInfo, Direction, Security};
+use super::{ConnectionInfo, Direction, Observer, Security};
 use crate::model::{PortMapping, SameNode, Service, TelemetryNames, TunnelProtocol, Workload, WorkloadType};
 
 /// A pod `<name>-0` of the workload `<name>` in `namespace`.
@@ -59,6 +59,13 @@ pub(crate) fn info() -> ConnectionInfo {
         source: Some(Arc::new(source)),
         destination: Some(Arc::new(destination)),
     }
+}
+
+/// The page of metrics.
+pub(crate) fn exposition(observer: &Observer) -> String {
+    let mut page = String::new();
+    observer.expose(&mut page).expect("a string takes it all");
+    page
 }
 
 /// A plaintext client that nobody knows, seen at the destination.

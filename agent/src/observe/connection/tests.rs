@@ -1,6 +1,6 @@
 use std::sync::atomic::Ordering::Relaxed;
 
-use super::fixtures::{info, stranger};
+use super::fixtures::{exposition, info, stranger};
 use super::*;
 
 /// The value of the one series of `name` whose labels hold all of `labels`; none without such a series.
@@ -25,7 +25,7 @@ fn the_exposed_labels_are_istios() {
         r#"destination_workload_namespace="store",destination_principal="spiffe://cluster.local/ns/store/sa/stock","#,
         r#"destination_cluster="Kubernetes",connection_security_policy="mutual_tls",request_protocol="tcp",response_flags="-"}"#,
     );
-    let page = observer.exposition();
+    let page = exposition(&observer);
     for (name, value) in [
         ("istio_tcp_connections_opened_total", 1),
         ("istio_tcp_connections_closed_total", 0),
@@ -51,7 +51,7 @@ fn what_is_not_known_reads_unknown() {
         r#"destination_service="unknown""#,
         r#"connection_security_policy="none""#,
     ];
-    assert_eq!(series(&observer.exposition(), "istio_tcp_connections_opened_total", &unknown), Some(1));
+    assert_eq!(series(&exposition(&observer), "istio_tcp_connections_opened_total", &unknown), Some(1));
 }
 
 #[test]
@@ -60,7 +60,7 @@ fn bytes_show_while_the_connection_runs_and_are_exact_at_its_end() {
     let connection = observer.open(info());
     let bytes = connection.bytes();
     let read = || {
-        let page = observer.exposition();
+        let page = exposition(&observer);
         (series(&page, "istio_tcp_received_bytes_total", &[]), series(&page, "istio_tcp_sent_bytes_total", &[]))
     };
     bytes.sent.fetch_add(100, Relaxed);
@@ -78,21 +78,21 @@ fn scrapes_during_a_close_neither_lose_nor_double_a_byte() {
     for _ in 0..200 {
         let connection = observer.open(info());
         let scraper = observer.clone();
-        let scrape = std::thread::spawn(move || scraper.exposition());
+        let scrape = std::thread::spawn(move || exposition(&scraper));
         for _ in 0..50 {
             connection.bytes().sent.fetch_add(7, Relaxed);
         }
         connection.close(CloseReason::Finished, None);
         scrape.join().expect("no panic");
     }
-    assert_eq!(series(&observer.exposition(), "istio_tcp_received_bytes_total", &[]), Some(200 * 50 * 7));
+    assert_eq!(series(&exposition(&observer), "istio_tcp_received_bytes_total", &[]), Some(200 * 50 * 7));
 }
 
 #[test]
 fn a_connection_that_is_dropped_without_a_word_was_drained() {
     let observer = Observer::new("node-a");
     drop(observer.open(info()));
-    let page = observer.exposition();
+    let page = exposition(&observer);
     let flags = [r#"response_flags="draining""#];
     assert_eq!(series(&page, "istio_tcp_connections_closed_total", &flags), Some(1));
     assert_eq!(series(&page, "culvert_connections_closed_total", &[r#"reason="draining""#]), Some(1));
@@ -102,7 +102,7 @@ fn a_connection_that_is_dropped_without_a_word_was_drained() {
 fn a_closed_connection_is_not_closed_again_by_its_drop() {
     let observer = Observer::new("node-a");
     observer.open(info()).close(CloseReason::SourceReset, None);
-    let page = observer.exposition();
+    let page = exposition(&observer);
     assert_eq!(series(&page, "istio_tcp_connections_closed_total", &[]), Some(1));
     assert_eq!(series(&page, "istio_tcp_connections_closed_total", &[r#"response_flags="-""#]), Some(1));
     assert_eq!(series(&page, "culvert_connections_closed_total", &[r#"reason="source_reset""#]), Some(1));
@@ -113,7 +113,7 @@ fn a_closed_connection_is_not_closed_again_by_its_drop() {
 fn a_failed_connection_counts_as_failed_and_not_as_opened() {
     let observer = Observer::new("node-a");
     observer.fail(&info(), CloseReason::DestinationRefused, &"connection refused");
-    let page = observer.exposition();
+    let page = exposition(&observer);
     assert_eq!(series(&page, "istio_tcp_connections_opened_total", &[]), Some(0));
     assert_eq!(series(&page, "istio_tcp_connections_closed_total", &[]), Some(0));
     let flags = [r#"response_flags="destination_refused""#];
@@ -134,7 +134,7 @@ fn open_connections_are_listed_until_they_end_in_the_pods_own_view() {
     let bytes: Vec<_> = list.iter().map(|view| (view.info.direction, view.bytes_sent, view.bytes_received)).collect();
     assert_eq!(bytes, [(Direction::Outbound, 10, 20), (Direction::Inbound, 20, 10)]);
     assert_eq!((observer.open_connections(1).len(), observer.open_count()), (1, 2));
-    let gauge = |direction: &str| series(&observer.exposition(), "culvert_connections_open", &[direction]);
+    let gauge = |direction: &str| series(&exposition(&observer), "culvert_connections_open", &[direction]);
     assert_eq!((gauge("outbound"), gauge("inbound")), (Some(1), Some(1)));
     out.close(CloseReason::Finished, None);
     assert_eq!((gauge("outbound"), gauge("inbound"), observer.open_count()), (Some(0), Some(1), 1));

@@ -1,6 +1,6 @@
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::super::connection::fixtures::info;
+use super::super::connection::fixtures::{exposition, info};
 use super::super::readiness::{self, Readiness};
 use super::*;
 
@@ -20,7 +20,7 @@ pub(crate) async fn serve(router: Router) -> Serving {
 /// Status, head and body of the answer to `method path`.
 pub(crate) async fn ask(addr: SocketAddr, method: &str, path: &str) -> (u16, String, String) {
     let mut stream = TcpStream::connect(addr).await.expect("a connection");
-    let request = format!("{method} {path} HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    let request = format!("{method} {path} HTTP/1.0\r\nHost: test\r\nContent-Length: 0\r\n\r\n");
     stream.write_all(request.as_bytes()).await.expect("sent");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.expect("an answer");
@@ -40,6 +40,44 @@ async fn metrics_are_served_under_both_paths_as_openmetrics() {
         assert!(head.contains(&format!("content-type: {CONTENT_TYPE}")), "{head}");
         assert!(body.contains("istio_tcp_connections_opened_total{"));
     }
+}
+
+/// An observer of so many pairs of workloads that their page takes many pieces, more than sockets hold.
+fn of_many() -> Observer {
+    let observer = Observer::new("node-a");
+    for number in 0..5_000 {
+        let mut pair = info();
+        let source = Arc::make_mut(pair.source.as_mut().expect("a source"));
+        Arc::make_mut(&mut source.telemetry).workload = Some(format!("cart-{number}").as_str().into());
+        drop(observer.open(pair));
+    }
+    observer
+}
+
+#[tokio::test]
+async fn a_page_of_many_pieces_arrives_whole() {
+    let observer = of_many();
+    let expected = exposition(&observer);
+    let serving = serve(metrics_router(observer)).await;
+    let (status, _, body) = ask(serving.addr, "GET", "/metrics").await;
+    assert_eq!(status, 200);
+    let sorted = |page: &str| page.lines().map(str::to_owned).collect::<std::collections::BTreeSet<_>>();
+    assert!(body.ends_with("# EOF\n") && body.len() == expected.len() && sorted(&body) == sorted(&expected));
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_its_page_holds_up_nobody() {
+    let observer = of_many();
+    let serving = serve(metrics_router(observer.clone())).await;
+    let mut stalled = TcpStream::connect(serving.addr).await.expect("a connection");
+    stalled.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.expect("sent");
+    stalled.read_u8().await.expect("the page has begun");
+    let mut stranger = info();
+    stranger.source = None;
+    drop(observer.open(stranger));
+    observer.metrics().policy_verdict(Some("shop/new"), "allow", false);
+    let (_, _, page) = ask(serving.addr, "GET", "/metrics").await;
+    assert!(page.contains("policy=\"shop/new\"") && page.contains("source_workload=\"unknown\""));
 }
 
 #[tokio::test]
