@@ -10,7 +10,7 @@
 //! enrolled it with, where neither end asks for encryption; it is bound to both pods' generations, so that it is void before the agent
 //! begins to look at what a change denies, and ends with the first of both certificates.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -209,7 +209,9 @@ impl SameNode {
                     }
                 }
             }
-            for connection in news.drain(..) {
+            let over: HashSet<_> = news.iter().filter(|told| told.ended.is_some()).map(|told| told.id).collect();
+            // What is over already was never seen open: all that is to be told of it comes with its end.
+            for connection in news.drain(..).filter(|told| told.ended.is_some() || !over.contains(&told.id)) {
                 self.hear(&connection);
             }
         }
@@ -235,11 +237,17 @@ impl SameNode {
     }
 
     fn closed(&self, connection: &SameNodeConnection, reason: CloseReason) {
-        let known = lock(&self.open).remove(&connection.id);
-        // That it was open may have been told to a predecessor, or to nobody.
-        let Open { outbound, inbound, .. } = known.unwrap_or_else(|| self.opened(connection));
         let reason = lock(&self.called_off).remove(&connection.id).unwrap_or(reason);
         let lasted = connection.lasted.unwrap_or_default();
+        let Some(Open { outbound, inbound, .. }) = lock(&self.open).remove(&connection.id) else {
+            // That it was open was told at once with its end, to a predecessor, or to nobody.
+            self.count_policies(connection);
+            let [outbound, inbound] = self.describe(connection);
+            for info in [Some(outbound), (!connection.steered).then_some(inbound)].into_iter().flatten() {
+                self.observer.carried(&info, [connection.sent, connection.received], lasted, reason);
+            }
+            return;
+        };
         for open in [Some(outbound), inbound].into_iter().flatten() {
             open.bytes().sent.store(connection.sent, Ordering::Relaxed);
             open.bytes().received.store(connection.received, Ordering::Relaxed);

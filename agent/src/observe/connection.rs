@@ -41,6 +41,14 @@ impl Direction {
             Self::Inbound => "inbound",
         }
     }
+
+    /// Bytes from source to destination and back, as the agent's own pod sees them: sent, received.
+    fn of_pod(self, [sent, received]: [u64; 2]) -> [u64; 2] {
+        match self {
+            Self::Outbound => [sent, received],
+            Self::Inbound => [received, sent],
+        }
+    }
 }
 
 /// How the connection travels between its pods.
@@ -201,6 +209,18 @@ impl Observer {
         access_log::failed(info, reason, detail);
     }
 
+    /// Counts and logs a connection that others have carried, when it is over: it was open for as long as they say, and `sent` bytes went
+    /// from its source to its destination, `received` back.
+    pub fn carried(&self, info: &ConnectionInfo, [sent, received]: [u64; 2], lasted: Duration, reason: CloseReason) {
+        let pair = self.0.metrics.traffic.pair(info);
+        pair.count_opened();
+        pair.add_bytes(sent, received);
+        pair.count_closed(reason);
+        self.0.metrics.count_closed(reason);
+        let [bytes_sent, bytes_received] = info.direction.of_pod([sent, received]);
+        access_log::closed(info, &Ended { bytes_sent, bytes_received, duration: lasted, reason, detail: None });
+    }
+
     /// Writes the page of metrics in OpenMetrics text, open connections included up to this moment. Takes as long as `page` takes what is
     /// written, and holds nobody up.
     ///
@@ -255,18 +275,14 @@ impl Entry {
     }
 
     fn view(&self) -> OpenView {
-        let (bytes_sent, bytes_received) = self.pod_bytes();
+        let [bytes_sent, bytes_received] = self.pod_bytes();
         let age = self.opened_at.elapsed();
         OpenView { id: self.id, info: self.info.clone(), bytes_sent, bytes_received, age }
     }
 
     /// Bytes as the agent's own pod sees them: sent, received.
-    fn pod_bytes(&self) -> (u64, u64) {
-        let (sent, received) = (self.bytes.sent.load(Relaxed), self.bytes.received.load(Relaxed));
-        match self.info.direction {
-            Direction::Outbound => (sent, received),
-            Direction::Inbound => (received, sent),
-        }
+    fn pod_bytes(&self) -> [u64; 2] {
+        self.info.direction.of_pod([&self.bytes.sent, &self.bytes.received].map(|bytes| bytes.load(Relaxed)))
     }
 }
 
@@ -312,7 +328,7 @@ impl OpenConnection {
         inner.metrics.traffic.touch(&entry.pair);
         inner.metrics.count_closed(reason);
         inner.metrics.open_gauge(entry.info.direction).dec();
-        let (bytes_sent, bytes_received) = entry.pod_bytes();
+        let [bytes_sent, bytes_received] = entry.pod_bytes();
         let ended = Ended { bytes_sent, bytes_received, duration, reason, detail };
         access_log::closed(&entry.info, &ended);
     }

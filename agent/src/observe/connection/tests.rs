@@ -139,3 +139,23 @@ fn open_connections_are_listed_until_they_end_in_the_pods_own_view() {
     out.close(CloseReason::Finished, None);
     assert_eq!((gauge("outbound"), gauge("inbound"), observer.open_count()), (Some(0), Some(1), 1));
 }
+
+#[test]
+fn a_connection_that_others_have_carried_counts_as_one_that_was_opened_and_closed() {
+    let page = |tell: fn(&Observer)| {
+        let observer = Observer::new("node-a");
+        tell(&observer);
+        exposition(&observer)
+    };
+    let carried = page(|observer| {
+        observer.carried(&info(), [5, 7], Duration::from_secs(1), CloseReason::DestinationReset);
+    });
+    let watched = page(|observer| {
+        let open = observer.open(info());
+        open.bytes().sent.store(5, Relaxed);
+        open.bytes().received.store(7, Relaxed);
+        open.close_after(Duration::from_secs(1), CloseReason::DestinationReset);
+    });
+    assert_eq!(carried, watched);
+    assert_eq!(series(&carried, "istio_tcp_received_bytes_total", &[]), Some(5));
+}
