@@ -28,6 +28,7 @@ use crate::identity::{SvidError, SvidStore};
 use crate::model::{CloseReason, Flow, OriginalDst, PeerAddr, Snapshot, SpiffeId, Workload};
 use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Security, Side};
 use crate::open_connections::{OpenConnections, Registered};
+use crate::relay::tcp::{TcpSink, TcpSource};
 use crate::relay::{Sink, Source, relay, tcp};
 use crate::same_node::SameNode;
 use crate::serve::{Permits, serve};
@@ -156,28 +157,29 @@ impl Outbound {
 
     async fn carry(self: Arc<Self>, pod: Arc<LocalPod>, accepted: Accepted) {
         // What it takes to find and open the way is long gone while bytes move.
-        let Some((stream, far, carried)) = Box::pin(self.connect(&pod, accepted)).await else { return };
+        let Some((near, far, carried)) = Box::pin(self.connect(&pod, accepted)).await else { return };
         match far {
             Opened::Tunnel(Stream::Single(mut far, home)) => {
-                relay_outbound(stream, (&mut far.source, &mut far.sink), carried).await;
+                relay_outbound(near, (&mut far.source, &mut far.sink), carried).await;
                 home.take_back(far);
             }
-            Opened::Tunnel(Stream::Hbone(mut far)) => relay_outbound(stream, (&mut far.0, &mut far.1), carried).await,
+            Opened::Tunnel(Stream::Hbone(mut far)) => relay_outbound(near, (&mut far.0, &mut far.1), carried).await,
             Opened::Plain(far) => {
                 let (mut source, mut sink) = tcp::split(far);
-                relay_outbound(stream, (&mut source, &mut sink), carried).await;
+                relay_outbound(near, (&mut source, &mut sink), carried).await;
             }
         }
     }
 
     /// Opens the way that a captured connection takes; one that has none is reset, counted and logged.
-    async fn connect(&self, pod: &LocalPod, accepted: Accepted) -> Option<(TcpStream, Opened, Carried)> {
+    async fn connect(&self, pod: &LocalPod, accepted: Accepted) -> Option<((TcpSource, TcpSink), Opened, Carried)> {
         let Accepted { stream, peer: source, local } = accepted;
+        // Dropped, it resets the connection.
+        let mut near = tcp::split(stream);
         let workload = pod.workload();
         let Some(original_dst) = self.maps.original_dst(source) else {
             let info = ConnectionInfo { source: Some(workload), ..describe(source, local) };
             let detail = "its original destination is not on file: it was not captured here, or the table overflowed";
-            tcp::reset_on_close(&stream);
             self.observer.fail(&info, CloseReason::NoOriginalDst, &detail);
             return None;
         };
@@ -189,7 +191,7 @@ impl Outbound {
         let opened = match self.route(&workload, original_dst).await {
             Ok(route) => {
                 route.tell(&workload, &mut info);
-                let opened = self.open(pod, &workload, &route, source).await;
+                let opened = self.open(pod, &workload, &route, source, &mut near.0).await;
                 if opened.is_ok()
                     && let Route::Tunnel { target, service: None, .. } = &route
                 {
@@ -206,10 +208,9 @@ impl Outbound {
                 if pod.gone.is_cancelled() {
                     registered.cancel.cancel(CloseReason::PodGone);
                 }
-                Some((stream, far, Carried { open: self.observer.open(info), registered }))
+                Some((near, far, Carried { open: self.observer.open(info), registered }))
             }
             Err(failure) => {
-                tcp::reset_on_close(&stream);
                 self.observer.fail(&info, failure.reason, &failure.detail);
                 None
             }
@@ -232,10 +233,17 @@ impl Outbound {
         Ok(decide(&asked)?.unwrap_or(Route::Passthrough { target: dialled.0, workload: None, service: None }))
     }
 
-    async fn open(&self, pod: &LocalPod, source: &Workload, route: &Route, client: SocketAddr) -> Result<Opened, Failure> {
+    async fn open(
+        &self,
+        pod: &LocalPod,
+        source: &Workload,
+        route: &Route,
+        client: SocketAddr,
+        near: &mut TcpSource,
+    ) -> Result<Opened, Failure> {
         match route {
             Route::Tunnel { workload, target, .. } => {
-                Ok(Opened::Tunnel(self.open_stream(pod, source, workload, &Open::new(client, *target)).await?))
+                Ok(Opened::Tunnel(self.open_stream(pod, source, workload, &Open::new(client, *target), near).await?))
             }
             Route::Local { target, .. } | Route::Passthrough { target, .. } => {
                 let socket = pod_socket(pod, *target).map_err(|source| DeliverError::Socket { destination: *target, source })?;
@@ -251,6 +259,7 @@ impl Outbound {
         source: &Workload,
         destination: &Workload,
         open: &Open,
+        near: &mut TcpSource,
     ) -> Result<Stream, Failure> {
         let svid = self.svids.wait(&source.identity, IDENTITY_DEADLINE).await?;
         let peer = PeerAddr(SocketAddr::new(open.destination.ip(), HBONE_PORT));
@@ -274,7 +283,7 @@ impl Outbound {
             self.observer.metrics().handshake(Side::Client, result, started.elapsed());
             made
         };
-        match timeout(OPEN_DEADLINE, self.pool.open(&key, open, setup, dial)).await {
+        match timeout(OPEN_DEADLINE, self.pool.open(&key, open, near, setup, dial)).await {
             Ok(opened) => Ok(opened?),
             Err(_elapsed) => Err(Failure::new(
                 CloseReason::DestinationUnreachable,
@@ -292,13 +301,12 @@ struct Carried {
 }
 
 /// Moves a captured connection's bytes until it ends.
+#[expect(clippy::manual_async_fn, reason = "an `async fn` would keep room for its arguments beside what they have become")]
 fn relay_outbound<'a>(
-    stream: TcpStream,
+    (mut source, mut sink): (TcpSource, TcpSink),
     far: (&'a mut impl Source, &'a mut impl Sink),
     Carried { open, registered }: Carried,
 ) -> impl Future<Output = ()> + Send + 'a {
-    let (mut source, mut sink) = tcp::split(stream);
-    // Not an `async fn`, which would keep room for its arguments beside what they have become.
     async move {
         let bytes = open.bytes();
         let end = relay((&mut source, &mut sink), far, (&bytes.sent, &bytes.received), &registered.cancel).await;

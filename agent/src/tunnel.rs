@@ -138,6 +138,12 @@ pub enum TunnelError {
     /// The tunnel was cut while a stream was being opened, or the peer spoke out of turn.
     #[error("the tunnel was cut: {}", tls::in_words(.0))]
     Cut(#[source] io::Error),
+    /// The tunnel was cut when the stream's first bytes had been sent: they may have been acted upon, and are not sent again.
+    #[error("the tunnel was cut when the first bytes had been sent, which may have arrived: {}", tls::in_words(.0))]
+    Lost(#[source] io::Error),
+    /// The connection that the stream was for has been reset by who made it.
+    #[error("the source has reset the connection: {0}")]
+    Abandoned(#[source] io::Error),
     /// The peer answered, and refused the stream.
     #[error("the destination's agent refused the connection: {reason}")]
     Refused {
@@ -158,7 +164,8 @@ impl TunnelError {
             Self::Broken(error) if error.get_io().is_some_and(tls::refused_by_peer) => CloseReason::PeerNotAuthenticated,
             Self::Crowded { .. } => CloseReason::Overloaded,
             Self::NoIdentity(_) | Self::Config(_) => CloseReason::NoIdentity,
-            Self::Broken(_) | Self::Cut(_) => CloseReason::TunnelFailed,
+            Self::Broken(_) | Self::Cut(_) | Self::Lost(_) => CloseReason::TunnelFailed,
+            Self::Abandoned(_) => CloseReason::SourceReset,
             Self::Refused { reason } => *reason,
         }
     }

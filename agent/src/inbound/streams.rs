@@ -99,7 +99,7 @@ impl Inbound {
                     Box::pin(relay_inbound((&mut stream.source, &mut stream.sink), far, carried)).await;
                     stream.end()
                 }
-                Ok(None) => stream.refused(),
+                Ok(None) => stream.refuse(),
                 Err(_broken) => None,
             };
             match carried {
@@ -111,13 +111,14 @@ impl Inbound {
 
     /// Waits for the next stream of a tunnel; none when there will be no more.
     async fn next_stream(&self, pod: &LocalPod, peer: &Peer, tunnel: single::Idle) -> Option<(Open, Box<SingleStream>)> {
-        let next = tokio::select! {
-            next = tunnel.next() => next,
-            () = self.distrusted(peer) => return None,
-            () = pod.released.cancelled() => return None,
-            () = self.drain.started() => return None,
+        let no_more = async {
+            tokio::select! {
+                () = self.distrusted(peer) => {}
+                () = pod.released.cancelled() => {}
+                () = self.drain.started() => {}
+            }
         };
-        next.unwrap_or_else(|error| {
+        tunnel.next(no_more).await.unwrap_or_else(|error| {
             debug!(peer = %peer.addr, %error, "tunnel broke");
             None
         })

@@ -10,13 +10,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::uio::{readv, writev};
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use super::buffer::{Buffer, Size};
-use super::{Broken, Fault, Sink, Slices, Source};
+use super::{Broken, Fault, Sink, Slices, Source, copy};
 
 /// The half that reads.
 #[derive(Debug)]
@@ -121,6 +122,35 @@ fn poll_transfer(
     }
 }
 
+impl TcpSource {
+    /// Takes in what has come by now, without waiting; also what the runtime has not been told of yet.
+    ///
+    /// # Errors
+    /// [`Broken`] when the far end has reset the connection.
+    pub fn fill_at_once(&mut self) -> Result<(), Broken> {
+        if !self.filled.is_empty() {
+            return Ok(());
+        }
+        let mut buffer = Buffer::take(self.wanted);
+        match readv(&self.stream, &mut [IoSliceMut::new(&mut buffer)]) {
+            // An end of file is told again.
+            Ok(0) | Err(Errno::EAGAIN | Errno::EINTR) => Ok(()),
+            Ok(bytes) => {
+                self.filled = 0..bytes;
+                self.held = Some(buffer);
+                Ok(())
+            }
+            Err(error) => Err(Broken(error.into())),
+        }
+    }
+
+    /// What was taken in and not passed on.
+    #[must_use]
+    pub fn held(&self) -> &[u8] {
+        self.held.as_ref().map_or(&[], |buffer| &buffer[self.filled.clone()])
+    }
+}
+
 impl Source for TcpSource {
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<()>, Broken>> {
         if !self.filled.is_empty() {
@@ -137,8 +167,8 @@ impl Source for TcpSource {
     }
 
     fn filled<'a>(&'a self, slices: &mut Slices<'a>) {
-        if let Some(buffer) = &self.held {
-            slices.push(&buffer[self.filled.clone()]);
+        if self.holds() {
+            slices.push(self.held());
         }
     }
 
@@ -158,6 +188,11 @@ impl Source for TcpSource {
     }
 
     fn poll_read(&mut self, cx: &mut Context<'_>, spaces: &mut [IoSliceMut<'_>]) -> Poll<Result<usize, Broken>> {
+        if self.holds() {
+            let read = copy(&[IoSlice::new(self.held())], spaces);
+            self.consume(read);
+            return Poll::Ready(Ok(read));
+        }
         let bytes = ready!(poll_receive(&self.stream, cx, spaces))?;
         if bytes == 0 {
             self.finished.store(true, Ordering::Relaxed);

@@ -11,16 +11,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::dial::Dialled;
-use super::single::{Idle, Open};
+use super::single::{Idle, Open, Unopened};
 use super::stream::{Home, Stream};
 use super::{Tunnel, TunnelError, hbone};
 use crate::identity::clock::{Clock as _, SystemClock};
 use crate::model::CloseReason;
+use crate::relay::Broken;
+use crate::relay::tcp::TcpSource;
 
 /// How long a tunnel without streams is kept.
 const IDLE: Duration = Duration::from_secs(90);
 /// How many idle tunnels of the single form are kept for one key.
 const IDLE_PER_KEY: usize = 256;
+/// A tunnel that has carried a stream as recently as this is taken to be whole: a stream's first bytes need not wait for an answer.
+const FRESH: Duration = Duration::from_secs(1);
 /// How many pooled tunnels are tried before a new one is made: each may have broken unseen.
 const TRIES: usize = 4;
 
@@ -74,14 +78,17 @@ impl<K: Eq + Hash + Clone, S: Clone> Pool<K, S> {
     }
 
     /// Opens a stream, in a tunnel that is there or else in one that `dial` makes from what `setup` gave for the key's first. A pooled
-    /// tunnel that turns out broken is replaced: nothing of the application's has been sent yet.
+    /// tunnel that turns out broken is replaced, as long as nothing of the application's may have been acted upon. What `first` has, the
+    /// stream's bytes, goes along with the question where the tunnel is known to be whole and its peer to have accepted us; it stays in
+    /// `first`, for the stream's sink to take when it first moves bytes from there.
     ///
     /// # Errors
-    /// What `setup` and `dial` say, or [`TunnelError::Refused`].
+    /// What `setup` and `dial` say, [`TunnelError::Refused`] or [`TunnelError::Lost`].
     pub async fn open<F>(
         &self,
         key: &K,
         open: &Open,
+        first: &mut TcpSource,
         setup: impl FnOnce() -> Result<S, TunnelError>,
         dial: impl Fn(S) -> F,
     ) -> Result<Stream, TunnelError>
@@ -95,13 +102,13 @@ impl<K: Eq + Hash + Clone, S: Clone> Pool<K, S> {
                 Some(tunnel) => (tunnel, false),
                 None => slot.wait_or_dial(&dial).await?,
             };
-            match slot.open_in(tunnel, open).await {
+            match slot.open_in(tunnel, open, first).await {
                 Err(TunnelError::Broken(_) | TunnelError::Cut(_)) if !new => {}
                 opened => return opened,
             }
         }
         let tunnel = slot.add(Box::pin(dial()).await?)?;
-        slot.open_in(tunnel, open).await
+        slot.open_in(tunnel, open, first).await
     }
 
     fn slot(&self, key: &K, setup: impl FnOnce() -> Result<S, TunnelError>) -> Result<(Arc<Slot>, S), TunnelError> {
@@ -194,7 +201,7 @@ impl Slot {
         match tunnel {
             Tunnel::Single(idle) => {
                 tunnels.single = true;
-                Ok(Pooled::Idle(idle, expires))
+                Ok(Pooled::Idle { idle, expires, fresh: false })
             }
             Tunnel::Hbone(tunnel) => {
                 tunnels.single = false;
@@ -207,20 +214,33 @@ impl Slot {
         }
     }
 
-    async fn open_in(self: &Arc<Self>, tunnel: Pooled, open: &Open) -> Result<Stream, TunnelError> {
+    async fn open_in(self: &Arc<Self>, tunnel: Pooled, open: &Open, first: &mut TcpSource) -> Result<Stream, TunnelError> {
         match tunnel {
-            Pooled::Idle(idle, expires) => self.open_single(idle, expires, open).await,
+            Pooled::Idle { idle, expires, fresh } => {
+                if fresh {
+                    first.fill_at_once().map_err(|Broken(error)| TunnelError::Abandoned(error))?;
+                }
+                self.open_single(idle, expires, open, if fresh { first.held() } else { &[] }).await
+            }
             Pooled::Shared(tunnel, place) => Ok(Stream::Hbone(Box::new(tunnel.open(place, open.destination).await?))),
         }
     }
 
-    async fn open_single(self: &Arc<Self>, idle: Idle, expires: SystemTime, open: &Open) -> Result<Stream, TunnelError> {
-        match idle.open(open).await.map_err(TunnelError::Cut)? {
+    async fn open_single(
+        self: &Arc<Self>,
+        idle: Idle,
+        expires: SystemTime,
+        open: &Open,
+        first: &[u8],
+    ) -> Result<Stream, TunnelError> {
+        match idle.open(open, first).await {
             Ok(stream) => Ok(Stream::Single(stream, Home { slot: Arc::downgrade(self), expires })),
-            Err((reason, idle)) => {
+            Err(Unopened::Refused(reason, idle)) => {
                 self.put(idle, expires);
                 Err(TunnelError::Refused { reason })
             }
+            Err(Unopened::Cut(error)) => Err(TunnelError::Cut(error)),
+            Err(Unopened::Lost(error)) => Err(TunnelError::Lost(error)),
         }
     }
 
@@ -238,7 +258,8 @@ impl Slot {
         // The one used last is the likeliest to be there still.
         while let Some(warm) = tunnels.idle.pop() {
             if !warm.expired() && warm.tunnel.quiet() {
-                return Some(Pooled::Idle(warm.tunnel, warm.expires));
+                let fresh = warm.last_used.elapsed() < FRESH;
+                return Some(Pooled::Idle { idle: warm.tunnel, expires: warm.expires, fresh });
             }
         }
         tunnels.shared.retain(|warm| !warm.expired() && !warm.tunnel.closed());
@@ -255,7 +276,7 @@ impl Slot {
 }
 
 enum Pooled {
-    Idle(Idle, SystemTime),
+    Idle { idle: Idle, expires: SystemTime, fresh: bool },
     Shared(Arc<hbone::Outbound>, hbone::Place),
 }
 

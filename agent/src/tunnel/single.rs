@@ -17,8 +17,12 @@
 //! Numbers are big endian; IPv4 addresses are mapped into IPv6. A stream is OPEN, ANSWER, then DATA and one FIN in each direction;
 //! after a refusal, or both FINs, the dialler may send the next OPEN. A connection that ends anywhere else has been reset. An unknown
 //! kind, or one out of turn, ends the connection.
+//!
+//! Behind an OPEN, in the same record, the dialler may send one DATA at once, which the acceptor forgets when it refuses. An acceptor
+//! that ends a tunnel of its own accord says so by TLS's `close_notify`, and has then acted on nothing that came after the last stream:
+//! only by that a dialler knows that it may send those bytes again elsewhere.
 
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -30,6 +34,7 @@ use bytes::Bytes;
 use tokio::time::timeout;
 
 use super::ACCEPTED_IDLE;
+use super::record::LARGEST_PAYLOAD;
 use super::tls_stream::{RecordReader, RecordWriter, TlsStream};
 use crate::model::CloseReason;
 use crate::relay::tcp::{ResetOnDrop, Watch};
@@ -81,7 +86,20 @@ pub struct SingleSink {
     read_finished: Arc<AtomicBool>,
     /// The FIN has been handed to the writer.
     finishing: bool,
+    /// Bytes that went with the OPEN, which the stream's source still holds.
+    early: usize,
     end: ResetOnDrop,
+}
+
+/// Why a stream was not opened.
+#[derive(Debug)]
+pub enum Unopened {
+    /// The peer refused it, and the tunnel is there for the next.
+    Refused(CloseReason, Idle),
+    /// The tunnel has broken, or the peer spoke out of turn; nothing of the stream's was sent, or the peer has not acted on it.
+    Cut(io::Error),
+    /// The same, and whether the stream's first bytes have arrived is not known.
+    Lost(io::Error),
 }
 
 impl Idle {
@@ -90,7 +108,7 @@ impl Idle {
         let read_finished = Arc::new(AtomicBool::new(false));
         let mut end = ResetOnDrop::new(writer.socket());
         end.disarm();
-        let sink = SingleSink { writer, read_finished: Arc::clone(&read_finished), finishing: false, end };
+        let sink = SingleSink { writer, read_finished: Arc::clone(&read_finished), finishing: false, early: 0, end };
         let source = SingleSource {
             reader,
             read_finished,
@@ -109,35 +127,49 @@ impl Idle {
         self.0.source.reader.quiet()
     }
 
-    /// Opens a stream, as the dialler.
+    /// Opens a stream, as the dialler. The `first` of its bytes go along with the question, as far as a record takes them, and need not wait
+    /// for the answer. They stay with the stream's source, from which its sink takes them when it is first moved to.
     ///
     /// # Errors
-    /// The connection's error: it broke, or the peer spoke out of turn.
-    pub async fn open(self, open: &Open) -> io::Result<Result<Box<SingleStream>, (CloseReason, Self)>> {
+    /// [`Unopened`].
+    pub async fn open(self, open: &Open, first: &[u8]) -> Result<Box<SingleStream>, Unopened> {
         let mut stream = self.start();
-        stream.sink.send(&open.encode()).await?;
-        match stream.source.piece().await? {
-            Piece::Answer(None) => Ok(Ok(stream)),
-            Piece::Answer(Some(reason)) => Ok(Err((reason, stream.refused().ok_or_else(out_of_turn)?))),
-            Piece::Open(_) | Piece::Data(_) | Piece::Fin => Err(out_of_turn()),
-        }
+        let asked = stream.sink.ask(open, first).await;
+        // Whoever could not be asked may have taken leave.
+        let answer = stream.source.piece_or_end().await;
+        let answer = asked.and(answer).and_then(|piece| piece.ok_or_else(|| io::ErrorKind::UnexpectedEof.into()));
+        let error = match answer {
+            Ok(Piece::Answer(None)) => return Ok(stream),
+            Ok(Piece::Answer(Some(reason))) => match stream.refused() {
+                Some(idle) => return Err(Unopened::Refused(reason, idle)),
+                None => return Err(Unopened::Cut(out_of_turn())),
+            },
+            Ok(Piece::Open(_) | Piece::Data(_) | Piece::Fin) => out_of_turn(),
+            Err(error) => error,
+        };
+        let untouched = stream.sink.early == 0 || stream.source.reader.took_leave();
+        Err(if untouched { Unopened::Cut(error) } else { Unopened::Lost(error) })
     }
 
-    /// Waits for the next stream, as the acceptor; none when the dialler has closed the tunnel, or has left it idle for too long. Cancel
-    /// safe: dropped, it closes the tunnel.
+    /// Waits for the next stream, as the acceptor; none when the dialler has closed the tunnel or has left it idle for too long, or once
+    /// there are to be `no_more`. Cancel safe: dropped, it resets the tunnel.
     ///
     /// # Errors
     /// The connection's error: it broke, or the peer spoke out of turn.
-    pub async fn next(self) -> io::Result<Option<(Open, Box<SingleStream>)>> {
+    pub async fn next(self, no_more: impl Future<Output = ()>) -> io::Result<Option<(Open, Box<SingleStream>)>> {
         let mut stream = self.start();
-        match timeout(ACCEPTED_IDLE, stream.source.piece_or_end()).await.unwrap_or(Ok(None)) {
-            Ok(Some(Piece::Open(open))) => Ok(Some((open, stream))),
-            Ok(Some(Piece::Answer(_) | Piece::Data(_) | Piece::Fin)) => Err(out_of_turn()),
-            Ok(None) => {
-                stream.sink.end.disarm();
+        let piece = tokio::select! {
+            biased;
+            () = no_more => Ok(None),
+            piece = timeout(ACCEPTED_IDLE, stream.source.piece_or_end()) => piece.unwrap_or(Ok(None)),
+        };
+        match piece? {
+            Some(Piece::Open(open)) => Ok(Some((open, stream))),
+            Some(Piece::Answer(_) | Piece::Data(_) | Piece::Fin) => Err(out_of_turn()),
+            None => {
+                stream.sink.take_leave();
                 Ok(None)
             }
-            Err(error) => Err(error),
         }
     }
 
@@ -146,7 +178,7 @@ impl Idle {
         let mut stream = self.0;
         let SingleStream { source, sink } = &mut *stream;
         source.read_finished.store(false, Ordering::Relaxed);
-        (source.finished, sink.finishing) = (false, false);
+        (source.finished, sink.finishing, sink.early) = (false, false, 0);
         source.watch = Watch::default();
         sink.end.arm();
         stream
@@ -161,9 +193,16 @@ impl SingleStream {
         (ended && self.source.is_between()).then(|| Idle(self))
     }
 
-    /// Ends a stream that was refused, and keeps the tunnel; none when the peer has spoken out of turn.
+    /// Ends a stream that was refused, with whatever came along with its OPEN, and keeps the tunnel; none when the peer has spoken out of
+    /// turn.
     #[must_use]
-    pub fn refused(mut self: Box<Self>) -> Option<Idle> {
+    pub fn refuse(mut self: Box<Self>) -> Option<Idle> {
+        while let Some(Piece::Data(_)) = self.source.received_piece().ok()? {}
+        self.source.reader.release();
+        self.refused()
+    }
+
+    fn refused(mut self: Box<Self>) -> Option<Idle> {
         if !self.source.is_between() {
             return None;
         }
@@ -176,11 +215,6 @@ impl SingleSource {
     /// Whether nothing was opened that belongs to a frame still to be looked at.
     fn is_between(&self) -> bool {
         self.payload.is_empty() && self.frames.between()
-    }
-
-    /// The next piece. A connection that ends before it is broken.
-    async fn piece(&mut self) -> io::Result<Piece> {
-        self.piece_or_end().await?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
 
     /// The next piece; none when the connection ended between two streams.
@@ -280,18 +314,44 @@ impl SingleSink {
     /// # Errors
     /// The connection's error.
     pub async fn answer(&mut self, refused: Option<CloseReason>) -> io::Result<()> {
-        self.send(&frame::answer(refused)).await
+        self.send(&[&frame::answer(refused)]).await
     }
 
-    /// Writes all of the frame and makes sure that it leaves.
-    async fn send(&mut self, frame: &[u8]) -> io::Result<()> {
-        poll_fn(|cx| self.writer.poll_write(cx, frame)).await?;
+    /// Writes all of it and makes sure that it leaves.
+    async fn send(&mut self, parts: &[&[u8]]) -> io::Result<()> {
+        poll_fn(|cx| self.writer.poll_write_record(cx, parts)).await?;
         poll_fn(|cx| self.writer.poll_flush(cx)).await
+    }
+
+    /// Asks for a stream, and sends the first of its bytes along.
+    async fn ask(&mut self, open: &Open, first: &[u8]) -> io::Result<()> {
+        let frame = open.encode();
+        let first = &first[..first.len().min(LARGEST_PAYLOAD - frame.len() - frame::HEAD)];
+        self.early = first.len();
+        let parts: [&[u8]; 3] = [&frame, &frame::data_head(first.len()), first];
+        self.send(if first.is_empty() { &parts[..1] } else { &parts }).await
+    }
+
+    /// How many bytes went with the OPEN that the stream's source still holds.
+    #[cfg(test)]
+    pub(super) fn early(&self) -> usize {
+        self.early
+    }
+
+    /// Ends the tunnel in order, and says so as far as that can be done at once.
+    pub(super) fn take_leave(&mut self) {
+        let _gone_already = self.writer.take_leave();
+        self.end.disarm();
     }
 }
 
 impl Sink for SingleSink {
     fn poll_move<S: Source>(&mut self, cx: &mut Context<'_>, source: &mut S) -> Poll<Result<usize, Fault>> {
+        if self.early > 0 {
+            let sent_already = std::mem::take(&mut self.early);
+            source.consume(sent_already);
+            return Poll::Ready(Ok(sent_already));
+        }
         self.writer.poll_move(cx, source, frame::data_head)
     }
 
@@ -301,8 +361,7 @@ impl Sink for SingleSink {
 
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         if !self.finishing {
-            // A frame this short is taken whole.
-            ready!(self.writer.poll_write(cx, &frame::fin()))?;
+            ready!(self.writer.poll_write_record(cx, &[&frame::fin()]))?;
             self.finishing = true;
         }
         ready!(self.writer.poll_flush(cx))?;

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use rustls::client::ClientConnectionData;
 use rustls::kernel::KernelConnection;
@@ -177,6 +177,11 @@ impl RecordReader {
         &self.stream
     }
 
+    /// Whether the peer has said that it closes the connection: nobody else can.
+    pub(super) fn took_leave(&self) -> bool {
+        self.closed
+    }
+
     /// Gives the buffer up, if nothing waits in it.
     pub(super) fn release(&mut self) {
         if self.sealed.is_empty() {
@@ -186,7 +191,7 @@ impl RecordReader {
 
     /// Whether nothing has come and the connection is open, as far as can be told without waiting.
     pub(super) fn quiet(&self) -> bool {
-        let mut cx = Context::from_waker(std::task::Waker::noop());
+        let mut cx = Context::from_waker(Waker::noop());
         let mut byte = [0; 1];
         self.sealed.is_empty()
             && !self.closed
@@ -305,11 +310,35 @@ impl RecordWriter {
         let mut buffer = Buffer::take(wanted);
         let (mut taken, mut end) = (0, 0);
         for part in payload.chunks(LARGEST_PAYLOAD).take(wanted.records()) {
-            end += self.seal_into(&mut buffer[end..], ContentType::ApplicationData, part)?;
+            end += self.seal_into(&mut buffer[end..], ContentType::ApplicationData, &[part])?;
             taken += part.len();
         }
         self.send(cx, buffer, end)?;
         Poll::Ready(Ok(taken))
+    }
+
+    /// Takes all of the parts as one record, which they must fit.
+    pub(super) fn poll_write_record(&mut self, cx: &mut Context<'_>, parts: &[&[u8]]) -> Poll<io::Result<()>> {
+        ready!(self.poll_ready(cx))?;
+        let mut buffer = Buffer::take(Size::Small);
+        let end = self.seal_into(&mut buffer, ContentType::ApplicationData, parts)?;
+        Poll::Ready(self.send(cx, buffer, end))
+    }
+
+    /// Tells the peer that the connection is closed, as far as the kernel takes it at once.
+    pub(super) fn take_leave(&mut self) -> io::Result<()> {
+        let mut cx = Context::from_waker(Waker::noop());
+        match self.poll_flush(&mut cx) {
+            Poll::Ready(flushed) => flushed.and_then(|()| self.send_close_notify(&mut cx)),
+            Poll::Pending => Ok(()),
+        }
+    }
+
+    fn send_close_notify(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        const CLOSE_NOTIFY: [u8; 2] = [1, 0];
+        let mut buffer = Buffer::take(Size::Small);
+        let end = self.seal_into(&mut buffer, ContentType::Alert, &[&CLOSE_NOTIFY])?;
+        self.send(cx, buffer, end)
     }
 
     /// Waits until all that was taken has been sent.
@@ -343,7 +372,7 @@ impl RecordWriter {
         if self.sealer.worn() || self.keys.update_wanted.load(Ordering::Relaxed) {
             self.keys.update_wanted.store(false, Ordering::Relaxed);
             let mut buffer = Buffer::take(Size::Small);
-            let end = self.seal_into(&mut buffer, ContentType::Handshake, &[KEY_UPDATE, 0, 0, 1, 0])?;
+            let end = self.seal_into(&mut buffer, ContentType::Handshake, &[&[KEY_UPDATE, 0, 0, 1, 0]])?;
             self.sealer = Sealer::new(&self.keys.update(true)?).map_err(io::Error::other)?;
             self.send(cx, buffer, end)?;
             return self.poll_flush(cx);
@@ -351,10 +380,14 @@ impl RecordWriter {
         Poll::Ready(Ok(()))
     }
 
-    /// Makes a record of `payload` at the front of `place`, and says how long it is.
-    fn seal_into(&mut self, place: &mut [u8], content: ContentType, payload: &[u8]) -> io::Result<usize> {
-        let record = &mut place[..HEAD + payload.len() + TAIL];
-        record[HEAD..HEAD + payload.len()].copy_from_slice(payload);
+    /// Makes a record of the parts at the front of `place`, and says how long it is.
+    fn seal_into(&mut self, place: &mut [u8], content: ContentType, parts: &[&[u8]]) -> io::Result<usize> {
+        let mut end = HEAD;
+        for part in parts {
+            place[end..end + part.len()].copy_from_slice(part);
+            end += part.len();
+        }
+        let record = &mut place[..end + TAIL];
         self.sealer.seal(content, record)?;
         Ok(record.len())
     }
@@ -423,12 +456,9 @@ impl AsyncWrite for TlsStream {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        const CLOSE_NOTIFY: [u8; 2] = [1, 0];
         ready!(self.writer.poll_flush(cx))?;
         if !std::mem::replace(&mut self.closing, true) {
-            let mut buffer = Buffer::take(Size::Small);
-            let end = self.writer.seal_into(&mut buffer, ContentType::Alert, &CLOSE_NOTIFY)?;
-            self.writer.send(cx, buffer, end)?;
+            self.writer.send_close_notify(cx)?;
             ready!(self.writer.poll_flush(cx))?;
         }
         Poll::Ready(socket2::SockRef::from(&**self.socket()).shutdown(std::net::Shutdown::Write))

@@ -1,10 +1,13 @@
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::relay::tcp::{self, TcpSink};
 use crate::relay::{Sink as _, Source as _};
 use crate::tunnel::tls_stream::TlsStream;
 use crate::tunnel::tls_stream::tests::ours;
@@ -15,6 +18,10 @@ const SOON: Duration = Duration::from_secs(5);
 const SERVED: u16 = 80;
 const REFUSED: u16 = 81;
 const SILENT: u16 = 82;
+/// What the far end does with the next stream: serve it, or end its tunnel, with or without taking leave.
+const SERVES: usize = 0;
+const LEAVES: usize = 1;
+const BREAKS: usize = 2;
 
 /// The destination's agent, in either form.
 #[derive(Default)]
@@ -25,6 +32,8 @@ struct Far {
     ended: AtomicBool,
     /// Cuts the tunnels that are there.
     cut: Mutex<CancellationToken>,
+    /// What the next stream's tunnel comes to.
+    next_ends: AtomicUsize,
     /// How many streams a tunnel has carried at once, at the most.
     most: AtomicUsize,
     /// Nobody can be dialled while this is held.
@@ -47,12 +56,33 @@ impl Far {
         let single = self.single.load(Ordering::Relaxed);
         let (this, cut) = (Arc::clone(self), lock(&self.cut).clone());
         tokio::spawn(async move {
-            let serve = async { if single { serve_single(far).await } else { this.serve_hbone(far).await } };
+            let serve = async { if single { this.serve_single(far).await } else { this.serve_hbone(far).await } };
             cut.run_until_cancelled(serve).await
         });
         let tunnel = if single { Tunnel::Single(Idle::new(near)) } else { Tunnel::Hbone(hbone::Outbound::start(near).await?) };
         let left = if self.ended.load(Ordering::Relaxed) { Duration::ZERO } else { Duration::from_secs(3600) };
         Ok(Dialled { expires: SystemTime::now() + left, tunnel })
+    }
+
+    /// Serves streams that end as soon as they are open.
+    async fn serve_single(&self, io: TlsStream) {
+        let mut idle = Idle::new(io);
+        while let Ok(Some((open, mut stream))) = idle.next(std::future::pending()).await {
+            match self.next_ends.swap(SERVES, Ordering::Relaxed) {
+                LEAVES => return stream.sink.take_leave(),
+                BREAKS => return,
+                _ => {}
+            }
+            if open.destination.port() == REFUSED {
+                stream.sink.answer(Some(CloseReason::PolicyDenied)).await.expect("open");
+                idle = stream.refuse().expect("nothing out of turn");
+                continue;
+            }
+            stream.sink.answer(None).await.expect("open");
+            std::future::poll_fn(|cx| stream.sink.poll_finish(cx)).await.expect("open");
+            let Ok(None) = std::future::poll_fn(|cx| stream.source.poll_fill(cx)).await else { return };
+            idle = stream.end().expect("ended in order");
+        }
     }
 
     async fn serve_hbone(&self, io: TlsStream) {
@@ -75,28 +105,29 @@ impl Far {
     }
 }
 
-/// Serves streams that end as soon as they are open.
-async fn serve_single(io: TlsStream) {
-    let mut idle = Idle::new(io);
-    while let Ok(Some((open, mut stream))) = idle.next().await {
-        if open.destination.port() == REFUSED {
-            stream.sink.answer(Some(CloseReason::PolicyDenied)).await.expect("open");
-            idle = stream.refused().expect("nothing out of turn");
-            continue;
-        }
-        stream.sink.answer(None).await.expect("open");
-        std::future::poll_fn(|cx| stream.sink.poll_finish(cx)).await.expect("open");
-        let Ok(None) = std::future::poll_fn(|cx| stream.source.poll_fill(cx)).await else { return };
-        idle = stream.end().expect("ended in order");
-    }
-}
-
 fn to(port: u16) -> Open {
     Open::new("10.0.0.1:4000".parse().unwrap(), SocketAddr::from(([10, 0, 0, 2], port)))
 }
 
 async fn open(pool: &Pool<&'static str, ()>, far: &Arc<Far>, port: u16) -> Result<Stream, TunnelError> {
-    tokio::time::timeout(SOON, pool.open(&KEY, &to(port), || Ok(()), |()| far.dial())).await.expect("an answer in time")
+    open_with(pool, far, port, b"").await
+}
+
+/// Opens a stream for an application that has said this already.
+async fn open_with(pool: &Pool<&'static str, ()>, far: &Arc<Far>, port: u16, first: &[u8]) -> Result<Stream, TunnelError> {
+    let (mut client, (mut near, _sink)) = near().await;
+    // On loopback it has arrived when it has been sent.
+    client.write_all(first).await.expect("sent");
+    let wish = to(port);
+    let opening = pool.open(&KEY, &wish, &mut near, || Ok(()), |()| far.dial());
+    tokio::time::timeout(SOON, opening).await.expect("an answer in time")
+}
+
+/// A connection of an application's: its own end, and what the agent reads from.
+async fn near() -> (TcpStream, (TcpSource, TcpSink)) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let client = TcpStream::connect(listener.local_addr().expect("an address")).await.expect("a connection");
+    (client, tcp::split(listener.accept().await.expect("a connection").0))
 }
 
 /// Opens many at once, and gives those that did.
@@ -146,7 +177,10 @@ async fn nobody_waits_for_a_destination_that_is_not_his() {
     let mut opening = JoinSet::new();
     for port in [SILENT, SILENT, SERVED] {
         let (pool, far) = (Arc::clone(&pool), Arc::clone(&far));
-        opening.spawn(async move { pool.open(&KEY, &to(port), || Ok(()), |()| far.dial()).await.map(|_stream| port) });
+        opening.spawn(async move {
+            let (_client, (mut near, _sink)) = near().await;
+            pool.open(&KEY, &to(port), &mut near, || Ok(()), |()| far.dial()).await.map(|_stream| port)
+        });
         tokio::task::yield_now().await;
     }
     drop(gate);
@@ -197,6 +231,53 @@ async fn a_refusal_is_an_answer_and_keeps_the_tunnel() {
         }
         assert_eq!((far.dialled(), pool.len()), (1, 1), "single: {single}");
     }
+}
+
+/// How many bytes of the stream went with its OPEN.
+fn early(stream: &Stream) -> usize {
+    let Stream::Single(stream, _) = stream else { panic!("the tunnel is shared") };
+    stream.sink.early()
+}
+
+#[tokio::test]
+async fn only_a_tunnel_that_has_just_carried_a_stream_takes_the_first_bytes_before_the_answer() {
+    let (far, pool) = (Far::new(true), Pool::new());
+    let stream = open_with(&pool, &far, SERVED, b"first").await.unwrap();
+    assert_eq!(early(&stream), 0, "the peer had not accepted us");
+    end(stream).await;
+    let stream = open_with(&pool, &far, SERVED, b"first").await.unwrap();
+    assert_eq!((early(&stream), far.dialled()), (5, 1));
+    let stream = open_with(&pool, &far, SERVED, b"first").await.unwrap();
+    end(stream).await;
+    for (slot, ()) in lock(&pool.slots).values() {
+        for warm in &mut slot.lock().idle {
+            warm.last_used = warm.last_used.checked_sub(FRESH).expect("a machine that runs for a second");
+        }
+    }
+    assert_eq!(early(&open_with(&pool, &far, SERVED, b"first").await.unwrap()), 0, "it may have broken unseen");
+}
+
+#[tokio::test]
+async fn first_bytes_are_sent_again_only_when_nobody_can_have_acted_on_them() {
+    for (left, dialled) in [(true, 2), (false, 1)] {
+        let (far, pool) = (Far::new(true), Pool::new());
+        end(open(&pool, &far, SERVED).await.unwrap()).await;
+        far.next_ends.store(if left { LEAVES } else { BREAKS }, Ordering::Relaxed);
+        let opened = open_with(&pool, &far, SERVED, b"first").await;
+        assert_eq!((opened.is_ok(), far.dialled()), (left, dialled), "{opened:?}");
+        assert!(left || matches!(opened, Err(TunnelError::Lost(_))), "{opened:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_source_that_has_reset_its_connection_is_not_carried() {
+    let (far, pool) = (Far::new(true), Pool::new());
+    end(open(&pool, &far, SERVED).await.unwrap()).await;
+    let (client, (mut near, _sink)) = near().await;
+    tcp::reset_on_close(&client);
+    drop(client);
+    let opened = pool.open(&KEY, &to(SERVED), &mut near, || Ok(()), |()| far.dial()).await;
+    assert!(matches!(&opened, Err(error) if error.reason() == CloseReason::SourceReset), "{opened:?}");
 }
 
 #[tokio::test]

@@ -8,7 +8,8 @@ use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 
 use crate::model::CloseReason;
 
-const HEAD: usize = 4;
+/// The length of a frame's head, in bytes.
+pub(super) const HEAD: usize = 4;
 const DATA: u8 = 0;
 const OPEN: u8 = 1;
 const ANSWER: u8 = 2;

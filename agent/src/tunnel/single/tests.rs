@@ -1,3 +1,4 @@
+use std::future::pending;
 use std::io::IoSliceMut;
 
 use super::*;
@@ -32,14 +33,14 @@ fn wish() -> Open {
 /// Opens a stream and accepts it.
 async fn stream(dialler: Idle, acceptor: Idle) -> (Box<SingleStream>, Box<SingleStream>) {
     let accept = async {
-        let (open, mut stream) = acceptor.next().await.unwrap().unwrap();
+        let (open, mut stream) = acceptor.next(pending()).await.unwrap().unwrap();
         assert_eq!(open, wish());
         stream.sink.answer(None).await.unwrap();
         stream
     };
     let wish = wish();
-    let (opened, accepted) = tokio::join!(dialler.open(&wish), accept);
-    (opened.unwrap().unwrap(), accepted)
+    let (opened, accepted) = tokio::join!(dialler.open(&wish, &[]), accept);
+    (opened.unwrap(), accepted)
 }
 
 async fn read_to_end(source: &mut SingleSource) -> Vec<u8> {
@@ -75,13 +76,13 @@ async fn a_tunnel_carries_streams_one_after_the_other() {
 async fn a_refusal_names_its_reason_and_keeps_the_tunnel() {
     let (dialler, acceptor) = tunnel().await;
     let refuse = async {
-        let (_, mut stream) = acceptor.next().await.unwrap().unwrap();
+        let (_, mut stream) = acceptor.next(pending()).await.unwrap().unwrap();
         stream.sink.answer(Some(CloseReason::PolicyDenied)).await.unwrap();
-        stream.refused().expect("nothing out of turn")
+        stream.refuse().expect("nothing out of turn")
     };
     let wish = wish();
-    let (opened, acceptor) = tokio::join!(dialler.open(&wish), refuse);
-    let Err((reason, dialler)) = opened.unwrap() else { panic!("was granted") };
+    let (opened, acceptor) = tokio::join!(dialler.open(&wish, &[]), refuse);
+    let Err(Unopened::Refused(reason, dialler)) = opened else { panic!("{opened:?}") };
     assert_eq!(reason, CloseReason::PolicyDenied);
     stream(dialler, acceptor).await;
 }
@@ -90,14 +91,84 @@ async fn a_refusal_names_its_reason_and_keeps_the_tunnel() {
 async fn a_tunnel_whose_peer_has_begun_to_speak_out_of_turn_is_not_used_again() {
     let (dialler, acceptor) = tunnel().await;
     let refuse = async {
-        let (_, mut stream) = acceptor.next().await.unwrap().unwrap();
+        let (_, mut stream) = acceptor.next(pending()).await.unwrap().unwrap();
         let early = [&frame::answer(Some(CloseReason::PolicyDenied))[..], &frame::answer(None)[..2]].concat();
-        stream.sink.send(&early).await.unwrap();
+        stream.sink.send(&[&early]).await.unwrap();
         stream
     };
     let wish = wish();
-    let (opened, _acceptor) = tokio::join!(dialler.open(&wish), refuse);
-    assert_eq!(opened.expect_err("the next answer was there before its question").kind(), io::ErrorKind::InvalidData);
+    let (opened, _acceptor) = tokio::join!(dialler.open(&wish, &[]), refuse);
+    assert!(matches!(&opened, Err(Unopened::Cut(error)) if error.kind() == io::ErrorKind::InvalidData), "{opened:?}");
+}
+
+#[tokio::test]
+async fn first_bytes_go_along_with_the_question_and_are_not_sent_twice() {
+    let (dialler, acceptor) = tunnel().await;
+    let payload = vec![7; 40_000];
+    let mut first = Given::new(&payload);
+    let mut slices = Slices::default();
+    poll_fn(|cx| first.poll_fill(cx)).await.unwrap();
+    first.filled(&mut slices);
+    let (wish, held) = (wish(), slices.as_slice()[0].to_vec());
+    let (near, far) = tokio::join!(dialler.open(&wish, &held), async {
+        let (_, mut stream) = acceptor.next(pending()).await.unwrap().unwrap();
+        assert!(!chunk(&mut stream.source).await.unwrap().unwrap().is_empty(), "nothing came before the answer");
+        stream.sink.answer(None).await.unwrap();
+        stream
+    });
+    let (mut near, mut far) = (near.unwrap(), far);
+    let early = near.sink.early();
+    assert!((1..held.len()).contains(&early), "a record takes {early}");
+    let send = async {
+        while poll_fn(|cx| near.sink.poll_move(cx, &mut first)).await.unwrap() > 0 {}
+        finish(&mut near.sink).await;
+    };
+    let (rest, ()) = tokio::join!(read_to_end(&mut far.source), send);
+    assert_eq!(rest, vec![7; 40_000 - early]);
+}
+
+#[tokio::test]
+async fn a_refusal_forgets_the_first_bytes_and_keeps_the_tunnel() {
+    let (dialler, acceptor) = tunnel().await;
+    let refuse = async {
+        let (_, mut stream) = acceptor.next(pending()).await.unwrap().unwrap();
+        stream.sink.answer(Some(CloseReason::PolicyDenied)).await.unwrap();
+        stream.refuse().expect("nothing out of turn")
+    };
+    let wish = wish();
+    let (opened, acceptor) = tokio::join!(dialler.open(&wish, b"of the refused"), refuse);
+    let Err(Unopened::Refused(CloseReason::PolicyDenied, dialler)) = opened else { panic!("{opened:?}") };
+    let (mut near, mut far) = stream(dialler, acceptor).await;
+    write(&mut near.sink, b"of the next").await;
+    assert_eq!(chunk(&mut far.source).await.unwrap().unwrap(), b"of the next");
+}
+
+#[tokio::test]
+async fn who_has_taken_leave_has_acted_on_nothing_since() {
+    // It leaves before the question comes, or with the question unread, which makes its kernel reset the connection.
+    for unread in [false, true] {
+        let (dialler, acceptor) = tunnel().await;
+        let (wish, leave) = (wish(), acceptor.next(std::future::ready(())));
+        let opened = if unread {
+            tokio::join!(dialler.open(&wish, b"first"), leave).0
+        } else {
+            assert!(leave.await.unwrap().is_none());
+            dialler.open(&wish, b"first").await
+        };
+        assert!(matches!(opened, Err(Unopened::Cut(_))), "{opened:?}");
+    }
+}
+
+#[tokio::test]
+async fn of_a_tunnel_that_is_cut_nobody_knows_what_has_arrived() {
+    for (first, lost) in [(&b"first"[..], true), (b"", false)] {
+        let (dialler, acceptor) = tunnel().await;
+        let cut = async { drop(acceptor.next(pending()).await.unwrap().unwrap()) };
+        let wish = wish();
+        let (opened, ()) = tokio::join!(dialler.open(&wish, first), cut);
+        assert_eq!(matches!(opened, Err(Unopened::Lost(_))), lost, "{opened:?}");
+        assert_eq!(matches!(opened, Err(Unopened::Cut(_))), !lost, "{opened:?}");
+    }
 }
 
 #[tokio::test]
@@ -150,7 +221,7 @@ async fn a_fin_of_the_last_stream_is_not_taken_for_one_of_this() {
 async fn a_tunnel_that_its_dialler_drops_ends_in_order() {
     let (dialler, acceptor) = tunnel().await;
     drop(dialler);
-    assert!(!matches!(acceptor.next().await, Ok(Some(_))));
+    assert!(!matches!(acceptor.next(pending()).await, Ok(Some(_))));
 }
 
 #[tokio::test]
@@ -169,8 +240,8 @@ async fn a_tunnel_that_is_left_idle_ends_in_order() {
     let (dialler, acceptor) = tunnel().await;
     tokio::time::pause();
     let started = tokio::time::Instant::now();
-    assert!(acceptor.next().await.unwrap().is_none());
+    assert!(acceptor.next(pending()).await.unwrap().is_none());
     assert_eq!(started.elapsed().as_secs(), ACCEPTED_IDLE.as_secs());
     tokio::time::resume();
-    assert!(dialler.next().await.unwrap().is_none(), "no reset");
+    assert!(dialler.next(pending()).await.unwrap().is_none(), "no reset");
 }
