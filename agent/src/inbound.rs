@@ -35,7 +35,7 @@ use crate::policy::evaluate::{evaluate, judge};
 use crate::policy::explain::explain;
 use crate::relay::{Sink, Source, relay, tcp};
 use crate::same_node::SameNode;
-use crate::serve::{Permits, serve};
+use crate::serve::{Full, Permits, serve};
 use crate::tunnel::accept::Form;
 use crate::tunnel::{TunnelError, TunnelForm, accept, tls};
 
@@ -108,14 +108,14 @@ impl Inbound {
     /// Serves the tunnels that peers open to `pod`, until the pod leaves the mesh or the agent stops.
     pub async fn serve_tunnels(self: Arc<Self>, pod: Arc<LocalPod>, listener: Listener, permits: Permits) {
         let handle = |accepted| Arc::clone(&self).tunnel(Arc::clone(&pod), accepted, permits.clone());
-        let overloaded = |accepted: &Accepted| self.overloaded(&pod, accepted);
+        let overloaded = |accepted: &Accepted, full| self.overloaded(&pod, accepted, full);
         serve(listener, Arc::clone(&pod), self.drain.clone(), permits.clone(), handle, overloaded).await;
     }
 
     /// Serves the plaintext connections to `pod` that the kernel would not rule on alone.
     pub async fn serve_plaintext(self: Arc<Self>, pod: Arc<LocalPod>, listener: Listener, permits: Permits) {
         let handle = |accepted| Arc::clone(&self).plaintext(Arc::clone(&pod), accepted);
-        let overloaded = |accepted: &Accepted| self.overloaded(&pod, accepted);
+        let overloaded = |accepted: &Accepted, full| self.overloaded(&pod, accepted, full);
         serve(listener, Arc::clone(&pod), self.drain.clone(), permits, handle, overloaded).await;
     }
 
@@ -187,12 +187,12 @@ impl Inbound {
         }
     }
 
-    fn overloaded(&self, pod: &LocalPod, accepted: &Accepted) {
+    fn overloaded(&self, pod: &LocalPod, accepted: &Accepted, full: Full) {
         let info = ConnectionInfo {
             destination: Some(pod.workload()),
             ..ConnectionInfo::new(Direction::Inbound, accepted.peer, accepted.local)
         };
-        self.observer.fail(&info, CloseReason::Overloaded, &"the agent holds as many connections as its descriptors allow");
+        self.observer.fail(&info, CloseReason::Overloaded, &full);
     }
 
     async fn tunnel(self: Arc<Self>, pod: Arc<LocalPod>, accepted: Accepted, permits: Permits) {

@@ -31,7 +31,7 @@ use crate::open_connections::{OpenConnections, Registered};
 use crate::relay::tcp::{TcpSink, TcpSource};
 use crate::relay::{Sink, Source, relay, tcp};
 use crate::same_node::SameNode;
-use crate::serve::{Permits, serve};
+use crate::serve::{Full, Permits, serve};
 use crate::tunnel::pool::Pool;
 use crate::tunnel::single::Open;
 use crate::tunnel::{Stream, TunnelError, TunnelForm, dial, tls};
@@ -126,9 +126,9 @@ impl Outbound {
     /// Carries the connections that `pod` makes, until the pod leaves the mesh or the agent stops.
     pub async fn serve(self: Arc<Self>, pod: Arc<LocalPod>, listener: Listener, permits: Permits) {
         let handle = |accepted| Arc::clone(&self).carry(Arc::clone(&pod), accepted);
-        let overloaded = |accepted: &Accepted| {
+        let overloaded = |accepted: &Accepted, full: Full| {
             let info = ConnectionInfo { source: Some(pod.workload()), ..describe(accepted.peer, accepted.local) };
-            self.observer.fail(&info, CloseReason::Overloaded, &"the agent holds as many connections as its descriptors allow");
+            self.observer.fail(&info, CloseReason::Overloaded, &full);
         };
         serve(listener, Arc::clone(&pod), self.drain.clone(), permits, handle, overloaded).await;
     }

@@ -1,5 +1,6 @@
 //! The accept loop that all of the agent's listeners in pods share: accept, permit, spawn, and count for the drain.
 
+use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
 
@@ -34,29 +35,53 @@ impl Permits {
     }
 }
 
+/// Why a connection finds no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Full {
+    /// The agent has none.
+    Agent,
+    /// Its pod has as much as is left for all others.
+    Pod,
+}
+
+impl fmt::Display for Full {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Agent => "the agent holds as many connections as its descriptors allow",
+            Self::Pod => "this pod holds as many of the agent's connections as are left for all others",
+        })
+    }
+}
+
 /// Hands each connection that arrives at `listener` to `handle`, in a task of its own, until the pod leaves the mesh or the agent
-/// stops. Past the bound a connection is reset at once, and `overloaded` is told.
+/// stops. Past the bound a connection is reset at once, and `overloaded` is told. One listener alone gets half of what there is, and
+/// several as much each as they leave for the next.
 pub async fn serve<F>(
     listener: Listener,
     pod: Arc<LocalPod>,
     drain: Drain,
     permits: Permits,
     handle: impl Fn(Accepted) -> F,
-    overloaded: impl Fn(&Accepted),
+    overloaded: impl Fn(&Accepted, Full),
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
+    // Its owners are this loop and each connection that is open.
+    let held = Arc::new(());
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = pod.released.cancelled() => return,
             () = drain.started() => return,
         };
-        let Some(permit) = permits.take() else {
-            overloaded(&accepted);
-            tcp::reset_on_close(&accepted.stream);
-            continue;
-        };
-        drain.spawn(handle(accepted), permit);
+        let room =
+            if Arc::strong_count(&held) > permits.free().max(1) { Err(Full::Pod) } else { permits.take().ok_or(Full::Agent) };
+        match room {
+            Ok(permit) => drain.spawn(handle(accepted), (permit, Arc::clone(&held))),
+            Err(full) => {
+                overloaded(&accepted, full);
+                tcp::reset_on_close(&accepted.stream);
+            }
+        }
     }
 }

@@ -46,6 +46,7 @@ pub struct Mesh {
     controller_arguments: Vec<String>,
     agent_arguments: [Vec<String>; 2],
     agent_environment: Vec<(String, String)>,
+    agent_descriptors: Option<u32>,
     root: PathBuf,
     one_netns_dir: bool,
     one_node: bool,
@@ -133,6 +134,7 @@ impl Mesh {
             controller_arguments: spec.controller.iter().map(ToString::to_string).collect(),
             agent_arguments: spec.agents.map(|arguments| arguments.iter().map(ToString::to_string).collect()),
             agent_environment: Vec::new(),
+            agent_descriptors: None,
             root,
             one_netns_dir: false,
             one_node: false,
@@ -201,7 +203,14 @@ impl Mesh {
     /// When it does not.
     pub fn start_agent(&mut self, node: usize) {
         let name = NODES[node];
-        let mut command = self.nodes[node].command(&binary());
+        let mut command = match self.agent_descriptors {
+            None => self.nodes[node].command(&binary()),
+            Some(limit) => {
+                let mut command = self.nodes[node].command("prlimit");
+                command.arg(format!("--nofile={limit}")).arg(binary());
+                command
+            }
+        };
         command.args(["agent", "--node", name, "--controller", "https://10.77.0.1:15012", "--root-cert"]);
         command.arg(&self.root).arg("--token-file").arg(self.dir.join("state/tokens").join(name));
         command.arg("--netns-dir").arg(self.netns_dir(node)).arg("--bpf-dir").arg(self.dir.join(name).join("bpf"));

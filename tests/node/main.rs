@@ -31,6 +31,7 @@ mod churn;
 mod encryption;
 mod ends;
 mod issuance;
+mod limits;
 mod modes;
 mod outage;
 mod programs;

@@ -1,5 +1,6 @@
 //! What a peer's tunnel carries to a pod, stream by stream, in either form.
 
+use std::fmt::Display;
 use std::future::pending;
 use std::io;
 use std::net::SocketAddr;
@@ -18,7 +19,7 @@ use crate::model::{CloseReason, Flow, SpiffeId};
 use crate::observe::{ConnectionInfo, Direction, Security};
 use crate::open_connections::Registered;
 use crate::relay::tcp;
-use crate::serve::Permits;
+use crate::serve::{Full, Permits};
 use crate::tunnel::hbone::{self, OpenRequest};
 use crate::tunnel::single::{self, Open, SingleStream};
 
@@ -75,7 +76,7 @@ impl Inbound {
                         continue;
                     };
                     let Some(permit) = permits.take() else {
-                        self.crowded(&pod, &peer, request, "the agent holds as many connections as its descriptors allow");
+                        self.crowded(&pod, &peer, request, Full::Agent);
                         continue;
                     };
                     let (inbound, pod, peer) = (Arc::clone(&self), Arc::clone(&pod), peer.clone());
@@ -203,7 +204,7 @@ impl Inbound {
         Ok(Some((far, Carried { open: self.observer.open(info), registered })))
     }
 
-    fn crowded(&self, pod: &LocalPod, peer: &Peer, request: OpenRequest, why: &str) {
+    fn crowded(&self, pod: &LocalPod, peer: &Peer, request: OpenRequest, why: impl Display) {
         let info = self.describe(pod, peer, request.destination().unwrap_or(peer.local));
         self.observer.fail(&info, CloseReason::Overloaded, &why);
         request.refuse(CloseReason::Overloaded);

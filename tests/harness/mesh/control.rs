@@ -13,6 +13,11 @@ impl Mesh {
         self.agent_environment.push((name.to_owned(), value.to_owned()));
     }
 
+    /// Has agents that are started from now on hold at most so many descriptors; none: as many as this process may.
+    pub fn agent_descriptors(&mut self, limit: Option<u32>) {
+        self.agent_descriptors = limit;
+    }
+
     /// Has agents that are started from now on trust the roots in this file, not the controller's own.
     pub fn trust(&mut self, root: &Path) {
         root.clone_into(&mut self.root);
