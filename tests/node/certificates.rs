@@ -199,6 +199,48 @@ fn a_tunnel_carries_nothing_new_once_a_root_of_its_day_is_withdrawn() {
 }
 
 #[test]
+fn a_client_that_heeds_no_farewell_opens_nothing_once_its_root_is_withdrawn() {
+    let mut mesh = Mesh::prepare(MeshSpec::default());
+    mesh.start_controller();
+    let (controller, withdrawn) = (Forge::of_controller(&mesh), Forge::of_nobody());
+    let file = mesh.directory().join("roots.pem");
+    std::fs::write(&file, [&*controller.root_pem, &*withdrawn.root_pem].concat()).expect("a file");
+    mesh.trust(&file);
+    mesh.start_agent(1);
+    let server = mesh.pod(PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true });
+    app::server(&server.netns, PORT, app::echo);
+    let outsider = mesh.pod(PodSpec { name: "outsider", namespace: "shop", node: 0, enrolled: false });
+    let credentials = withdrawn.make(&Wanted::workload(CLIENT));
+    let (tunnels, echo) = (SocketAddr::new(server.v4, 15008), server.at(false, PORT));
+    let warm = credentials.clone();
+    eventually("a client of the second root is served", || {
+        peer::dial(&outsider.netns, server.v4, Some(warm.clone()), echo, "hello").is_ok()
+    });
+    outsider.netns.run(move || {
+        let authority = echo.to_string();
+        let mut tunnel = attacker::connect(tunnels, Some(&credentials), &[b"h2"]).expect("the root is believed");
+        tunnel.write_all(&[http2::PREFACE, &http2::frame(kind::SETTINGS, 0, 0, &[])].concat()).expect("the peer reads");
+        assert!(http2::tunnel_stream(&mut tunnel, 1, &authority).expect("an answer"), "a stream is granted before the end");
+        std::fs::write(&file, &*controller.root_pem).expect("a file");
+        let mut streams = (3..).step_by(2);
+        let mut granted = || {
+            let stream = streams.next().expect("a number");
+            let granted = http2::tunnel_stream(&mut tunnel, stream, &authority).expect("an answer");
+            if granted {
+                // It ends, so that it is not for their number that one is refused.
+                tunnel.write_all(&http2::frame(kind::DATA, http2::END_STREAM, stream, b"hello")).expect("the peer reads");
+                http2::tunnel_answer(&mut tunnel, stream).expect("an answer");
+            }
+            granted
+        };
+        eventually_within(Duration::from_secs(30), "it is refused", || !granted());
+        assert!(!granted(), "and stays so");
+    });
+    let told = |line: &str| line.contains("reason=\"peer_not_authenticated\"") && line.contains("other roots are believed");
+    eventually("the refusal is told", || mesh.log("agent-b").lines().any(told));
+}
+
+#[test]
 fn a_tunnel_carries_nothing_new_when_its_client_s_certificate_has_ended() {
     const LIFE: i64 = 6;
     let mut mesh = Mesh::start();

@@ -6,7 +6,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -22,6 +22,12 @@ use crate::relay::tcp;
 use crate::serve::{Full, Permits};
 use crate::tunnel::hbone::{self, OpenRequest};
 use crate::tunnel::single::{self, Open, SingleStream};
+
+/// How long a peer of HBONE may take to hear that its tunnel carries nothing new; streams that it opens meanwhile are served.
+const HEARING: Duration = Duration::from_secs(5);
+/// Why one is refused after that.
+const DISTRUSTED: &str =
+    "other roots are believed than when the client showed its certificate, and it was told so: it has to show one again";
 
 /// The far end of a tunnel.
 #[derive(Clone)]
@@ -49,12 +55,15 @@ impl Inbound {
     ) {
         let mut distrusted = pin!(self.distrusted(&peer));
         let mut draining = false;
+        // A peer that is told that its tunnel ends need not care.
+        let mut heard = None;
         loop {
             let request = tokio::select! {
                 request = tunnel.next() => request,
-                () = &mut distrusted, if !draining => {
+                () = &mut distrusted, if heard.is_none() => {
                     tunnel.drain();
                     draining = true;
+                    heard = Some(Instant::now() + HEARING);
                     continue;
                 }
                 () = pod.released.cancelled(), if !draining => {
@@ -70,13 +79,16 @@ impl Inbound {
                 () = pod.gone.cancelled() => break,
             };
             match request {
+                Some(Ok(request)) if heard.is_some_and(|by| Instant::now() >= by) => {
+                    self.turn_away(&pod, &peer, request, CloseReason::PeerNotAuthenticated, DISTRUSTED);
+                }
                 Some(Ok(request)) => {
                     let Some(share) = self.peers.take(&peer.identity, permits.free()) else {
-                        self.crowded(&pod, &peer, request, GREEDY);
+                        self.turn_away(&pod, &peer, request, CloseReason::Overloaded, GREEDY);
                         continue;
                     };
                     let Some(permit) = permits.take() else {
-                        self.crowded(&pod, &peer, request, Full::Agent);
+                        self.turn_away(&pod, &peer, request, CloseReason::Overloaded, Full::Agent);
                         continue;
                     };
                     let (inbound, pod, peer) = (Arc::clone(&self), Arc::clone(&pod), peer.clone());
@@ -204,10 +216,10 @@ impl Inbound {
         Ok(Some((far, Carried { open: self.observer.open(info), registered })))
     }
 
-    fn crowded(&self, pod: &LocalPod, peer: &Peer, request: OpenRequest, why: impl Display) {
+    fn turn_away(&self, pod: &LocalPod, peer: &Peer, request: OpenRequest, reason: CloseReason, why: impl Display) {
         let info = self.describe(pod, peer, request.destination().unwrap_or(peer.local));
-        self.observer.fail(&info, CloseReason::Overloaded, &why);
-        request.refuse(CloseReason::Overloaded);
+        self.observer.fail(&info, reason, &why);
+        request.refuse(reason);
     }
 
     fn describe(&self, pod: &LocalPod, peer: &Peer, destination: SocketAddr) -> ConnectionInfo {
@@ -226,7 +238,6 @@ impl Inbound {
     /// Enters a stream among the open connections, if it is for this pod and its source still who it was.
     fn admit(&self, pod: &LocalPod, peer: &Peer, destination: Option<SocketAddr>) -> Result<(Arc<Flow>, Registered), Refusal> {
         if SystemClock.now() >= peer.expires {
-            // A peer that is told that its tunnel ends need not care.
             let detail = format!("the client's certificate has ended, at {}, while its tunnel was open", readable(peer.expires));
             return Err(Refusal { reason: CloseReason::PeerNotAuthenticated, detail });
         }
