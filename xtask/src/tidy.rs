@@ -20,7 +20,7 @@ const ARROWS: [(&str, &[&str]); 21] = [
     ("capture", &["model"]),
     ("deliver", &["model"]),
     ("identity", &["backoff", "model", "proto"]),
-    ("discovery", &["backoff", "model", "proto", "identity"]),
+    ("discovery", &["backoff", "identity", "model", "observe", "proto"]),
     ("tunnel", &["model", "identity", "relay"]),
     ("observe", &["model", "policy"]),
     ("serve", &["capture", "drain", "relay"]),
@@ -28,7 +28,7 @@ const ARROWS: [(&str, &[&str]); 21] = [
     ("config", &["observe", "tunnel"]),
     ("installation", &["config", "model"]),
     ("diagnosis", &["capture", "config", "installation", "model", "policy"]),
-    ("controller", &["backoff", "limits", "model", "observe", "policy", "proto"]),
+    ("controller", &["backoff", "footprint", "limits", "model", "observe", "policy", "proto"]),
     (
         "outbound",
         &[
