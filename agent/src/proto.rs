@@ -8,6 +8,8 @@
     reason = "generated code"
 )]
 
+pub mod packed;
+
 /// Envoy's discovery protocol.
 pub mod discovery {
     tonic::include_proto!("envoy.service.discovery.v3");

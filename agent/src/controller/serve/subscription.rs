@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use crate::controller::index::{Resource, ResourceKind};
 use crate::controller::publish::MeshState;
+use crate::proto::packed;
 
 /// The most names that one client may follow by name, of one type.
 pub(super) const MAX_NAMES: usize = 65_536;
@@ -79,9 +80,19 @@ impl Subscription {
         self.told = Some(state.sequence());
         self.names.clear();
         self.held.clear();
-        let differs = |resource: &&Arc<Resource>| held.get(&*resource.name).map(String::as_str) != Some(&*resource.version);
-        let present = state.resources(self.kind).filter(differs).map(|resource| Item::Present(Arc::clone(resource), None));
-        Some(present.chain(self.gone(state, held)).collect())
+        let mut packed = held.get(packed::NAME).and_then(|value| packed::unpack(value));
+        let mut holds = |resource: &Resource| {
+            let named = held.get(&*resource.name).map(String::as_str) == Some(&*resource.version);
+            // What is left of these in the end is no more.
+            named || packed.as_mut().zip(packed::digest_of(&resource.version)).is_some_and(|(all, digest)| all.remove(&digest))
+        };
+        let mut items: Vec<_> = state.resources(self.kind).filter(|resource| !holds(resource)).map(Item::present).collect();
+        let understood = packed.is_some();
+        items.extend(
+            self.gone(state, held).into_iter().filter(|item| !understood || *item != Item::Absent(packed::NAME.to_owned())),
+        );
+        items.extend(packed.into_iter().flatten().map(|digest| Item::Absent(packed::name_of(digest))));
+        Some(items)
     }
 
     /// Takes up what a client that follows single names holds from before. Gives what differs.
@@ -92,8 +103,7 @@ impl Subscription {
         self.told = Some(state.sequence());
         self.held = held.keys().map(|name| Arc::from(name.as_str())).collect();
         let present = held.iter().filter_map(|(name, version)| {
-            let resource = state.resource(self.kind, name).filter(|resource| *resource.version != **version)?;
-            Some(Item::Present(Arc::clone(resource), None))
+            state.resource(self.kind, name).filter(|resource| *resource.version != **version).map(Item::present)
         });
         Ok(present.chain(self.gone(state, held)).collect())
     }
@@ -144,7 +154,7 @@ impl Subscription {
                     if !self.wildcard {
                         self.held.insert(Arc::clone(name));
                     }
-                    items.push(Item::Present(Arc::clone(resource), None));
+                    items.push(Item::present(resource));
                 }
                 None => {
                     self.held.remove(name);
@@ -166,6 +176,12 @@ impl Subscription {
     fn gone(&self, state: &MeshState, held: &HashMap<String, String>) -> Vec<Item> {
         let gone = held.keys().filter(|name| state.resource(self.kind, name).is_none());
         gone.map(|name| Item::Absent(name.clone())).collect()
+    }
+}
+
+impl Item {
+    fn present(resource: &Arc<Resource>) -> Self {
+        Self::Present(Arc::clone(resource), None)
     }
 }
 
