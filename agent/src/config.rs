@@ -43,6 +43,8 @@ pub struct AgentConfig {
     pub kubelet_names: Vec<String>,
     /// Where programs and maps are pinned, on a BPF file system.
     pub bpf_dir: PathBuf,
+    /// Where what the controller tells is kept for the node's next agent.
+    pub state_dir: PathBuf,
     /// Where metrics are served.
     pub metrics_listen: SocketAddr,
     /// Where readiness is served.
@@ -147,6 +149,7 @@ impl AgentConfig {
             ("--netns-dir", Some(&self.netns_dir)),
             ("--cgroup-root", self.cgroup_root.as_ref()),
             ("--bpf-dir", Some(&self.bpf_dir)),
+            ("--state-dir", Some(&self.state_dir)),
         ];
         let empty = paths.into_iter().find(|(_, path)| path.is_some_and(|path| path.as_os_str().is_empty()));
         if let Some((flag, _)) = empty {

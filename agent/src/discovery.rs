@@ -7,18 +7,22 @@
 //!
 //! ```text
 //! controller <-> xds (stream) -> mirror (what is held) -> decode -> Snapshot -> watch
-//!                 └-> questions (addresses asked for)
+//!                 ├-> questions (addresses asked for)
+//!                 └-> keep (what is held, for the next agent of the node)
 //! ```
 
 mod decode;
 #[cfg(test)]
 mod fixture;
+mod keep;
 mod mirror;
 mod questions;
 mod shared;
 mod xds;
 
+use std::io;
 use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +30,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::identity::ControllerEndpoint;
 use crate::model::{Snapshot, TrustDomain};
+use crate::observe::XdsReceived;
 
 pub use decode::{DecodeError, Fault};
 
@@ -43,6 +48,10 @@ pub struct DiscoveryConfig {
     pub node: Arc<str>,
     /// The mesh's trust domain when the control plane does not name one: it is then not Culvert's.
     pub default_trust_domain: TrustDomain,
+    /// Where what the controller tells is kept for the node's next agent.
+    pub state_dir: PathBuf,
+    /// Where what comes from the controller is counted.
+    pub received: XdsReceived,
 }
 
 /// Starts the client of discovery.
@@ -90,6 +99,14 @@ impl Discovery {
         tokio::spawn(xds::Client::new(config, questions_out, snapshots_in, connected_in).run());
         DiscoveryHandle { snapshots, connected, questions }
     }
+}
+
+/// Removes what was kept in `state_dir` for the agent of `node`. For a node that leaves the mesh.
+///
+/// # Errors
+/// The first file that cannot be removed.
+pub fn forget(state_dir: &Path, node: &str) -> io::Result<()> {
+    keep::forget(state_dir, node)
 }
 
 impl DiscoveryHandle {

@@ -58,6 +58,8 @@ pub async fn run(config: AgentConfig) -> Result<()> {
         endpoint: endpoint.clone(),
         node: config.node.as_str().into(),
         default_trust_domain: DEFAULT_TRUST_DOMAIN.parse().context("the default trust domain")?,
+        state_dir: config.state_dir.clone(),
+        received: observer.metrics().xds_received(),
     });
     let issuer = Arc::new(ControllerIssuer::new(endpoint, CERTIFICATE_LIFE));
     let svids = SvidStore::start(StoreConfig { root_cert: config.root_cert.clone() }, issuer, Arc::new(SystemClock));

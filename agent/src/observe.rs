@@ -16,6 +16,7 @@ mod labels;
 pub mod log;
 pub mod metrics;
 pub mod readiness;
+mod received;
 mod traffic;
 
 pub use admin::AdminSources;
@@ -24,3 +25,4 @@ pub use control_plane::ControllerMetrics;
 pub use log::{LogFormat, LogGuard};
 pub use metrics::{CountedTunnel, Metrics, Side};
 pub use readiness::{Condition, Readiness};
+pub use received::XdsReceived;

@@ -56,7 +56,7 @@ impl<'a> Mesh<'a> {
             agent.arg("--root-cert").arg(lab.path("state/root-cert.pem"));
             agent.arg("--token-file").arg(lab.path("state/tokens").join(node.name));
             agent.arg("--netns-dir").arg(lab.netns_dir(node)).arg("--bpf-dir").arg(lab.path(node.name).join("bpf"));
-            agent.args(["--drain-timeout", "1s"]);
+            agent.arg("--state-dir").arg(lab.path(node.name).join("state")).args(["--drain-timeout", "1s"]);
             logs.push(lab.start(&format!("agent-{}.log", node.name), agent)?);
         }
         let mesh = Self { lab, logs };

@@ -214,7 +214,7 @@ impl Mesh {
         command.args(["agent", "--node", name, "--controller", "https://10.77.0.1:15012", "--root-cert"]);
         command.arg(&self.root).arg("--token-file").arg(self.dir.join("state/tokens").join(name));
         command.arg("--netns-dir").arg(self.netns_dir(node)).arg("--bpf-dir").arg(self.dir.join(name).join("bpf"));
-        command.arg("--cgroup-root").arg(&self.cgroup_root);
+        command.arg("--cgroup-root").arg(&self.cgroup_root).arg("--state-dir").arg(self.agent_state_dir(node));
         command.args(&self.agent_arguments[node]).envs(self.agent_environment.iter().cloned());
         self.agents[node] = Some(self.spawn(command, &format!("agent-{name}")));
         let started = format!("agent-{name}");
@@ -424,8 +424,8 @@ impl Drop for Mesh {
     }
 }
 
-/// Removes what a process of the same number has left, whose pods outlived their mesh.
-fn clear(dir: &Path) {
+/// Removes a directory with all that is in it, mounts included: what a process of the same number has left, whose pods outlived their mesh.
+pub fn clear(dir: &Path) {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new).filter(|point| point.starts_with(dir));
     for point in points {
@@ -450,6 +450,11 @@ fn end(child: &mut Option<Child>) {
     }
 }
 
-fn binary() -> String {
+/// The binary under test.
+///
+/// # Panics
+/// When nobody has named it.
+#[must_use]
+pub fn binary() -> String {
     std::env::var("CULVERT_BIN").expect("CULVERT_BIN names the binary under test: run `cargo xtask test node`")
 }

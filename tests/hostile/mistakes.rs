@@ -94,6 +94,7 @@ fn agent(scratch: &Scratch, more: &[&str]) -> Command {
         ("--token-file", &scratch.path("token")),
         ("--netns-dir", &scratch.path("netns")),
         ("--bpf-dir", &scratch.path("bpf")),
+        ("--state-dir", &scratch.path("state")),
         ("--cgroup-root", &cgroup::own().display().to_string()),
         ("--metrics-listen", "127.0.0.1:0"),
         ("--ready-listen", "127.0.0.1:0"),

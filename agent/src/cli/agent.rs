@@ -59,6 +59,11 @@ pub struct AgentArgs {
     #[arg(long, value_name = "PATH", default_value = "/sys/fs/bpf/culvert")]
     bpf_dir: PathBuf,
 
+    /// Where what the controller tells is kept, so that the node's next agent fetches only what has changed meanwhile. Only root may be
+    /// able to write there. The agent starts without it, too.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/culvert")]
+    state_dir: PathBuf,
+
     /// Where Prometheus metrics are served, at /metrics.
     #[arg(long, value_name = "ADDR", default_value_t = METRICS_LISTEN, value_parser = parse_listen)]
     metrics_listen: SocketAddr,
@@ -126,6 +131,7 @@ impl AgentArgs {
             excluded_namespaces: self.excluded_namespaces,
             kubelet_names: self.kubelet_names,
             bpf_dir: self.bpf_dir,
+            state_dir: self.state_dir,
             metrics_listen: self.metrics_listen,
             ready_listen: self.ready_listen,
             admin_listen: self.admin_listen,

@@ -6,9 +6,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context as _;
+
 use super::cluster::{ClusterArgs, print};
 use crate::capture;
 use crate::config::parse_duration;
+use crate::discovery;
 use crate::installation::install::Step;
 use crate::installation::uninstall::{Removal, uninstall};
 
@@ -18,7 +21,7 @@ pub struct UninstallArgs {
     #[command(flatten)]
     cluster: ClusterArgs,
 
-    /// Clean the kernel of this machine, the node of that name, and ask no cluster. Its agent must have ended.
+    /// Clean the kernel and the disk of this machine, the node of that name, and ask no cluster. Its agent must have ended.
     #[arg(long, value_name = "NAME")]
     node: Option<String>,
 
@@ -29,6 +32,10 @@ pub struct UninstallArgs {
     /// Where the container runtime of --node keeps the pods' network namespaces.
     #[arg(long, value_name = "DIR", default_value = "/run/netns", requires = "node")]
     netns_dir: PathBuf,
+
+    /// Where the agent of --node kept what its controller told.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/culvert", requires = "node")]
+    state_dir: PathBuf,
 
     /// How long pods may take to end, and nodes to be cleaned.
     #[arg(long, value_name = "TIME", default_value = "2m", value_parser = parse_duration)]
@@ -42,7 +49,9 @@ pub struct UninstallArgs {
 pub async fn run(args: &UninstallArgs) -> anyhow::Result<ExitCode> {
     if let Some(node) = &args.node {
         capture::remove(&args.bpf_dir, node)?;
-        print(&format!("nothing of Culvert's is left in the kernel of {node}\n"))?;
+        let kept = || format!("removing what was kept in {}", args.state_dir.display());
+        discovery::forget(&args.state_dir, node).with_context(kept)?;
+        print(&format!("nothing of Culvert's is left in the kernel of {node}, and nothing of what its agent kept\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
     let cluster = args.cluster.connect().await?;

@@ -11,6 +11,7 @@ fn config() -> AgentConfig {
         excluded_namespaces: Vec::new(),
         kubelet_names: vec!["kubelet".into()],
         bpf_dir: "/sys/fs/bpf/culvert".into(),
+        state_dir: "/var/lib/culvert".into(),
         metrics_listen: METRICS_LISTEN,
         ready_listen: READY_LISTEN,
         admin_listen: ADMIN_LISTEN,

@@ -3,10 +3,12 @@
 //! Enters: responses of the discovery stream, one at a time. Leaves: after each, one new [`Snapshot`]; what was refused in it; and
 //! which addresses it answers. A resource that is refused leaves what was held under its name as it was.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
+
+use tracing::debug;
 
 use super::decode::{self, DecodeError, Decoded};
 use super::questions::address_in;
@@ -14,7 +16,7 @@ use super::shared::Shared;
 use crate::model::snapshot::Edit;
 use crate::model::{Snapshot, TrustDomain, Workload};
 use crate::proto::discovery::{DeltaDiscoveryResponse, Resource};
-use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE};
+use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE, packed};
 
 /// The mark on a response that is not the last of its type's initial set.
 const PARTIAL: &str = "partial";
@@ -36,13 +38,21 @@ pub(super) struct Mirror {
     shared: Shared,
     default_trust_domain: TrustDomain,
     held: HashMap<Kind, HashMap<Arc<str>, Held>>,
-    /// The types other than the mesh's settings whose initial set is in.
+    /// What all that is held would take if it were kept, in bytes.
+    bytes: u64,
+    /// The types whose initial set is in.
     complete: Vec<Kind>,
     mesh_known: bool,
     /// The controller answered with mesh settings that made no sense: nothing may be assumed in their place.
     mesh_refused: bool,
     /// Workloads that leave their trust domain to the mesh, while that is not known.
     parked: HashMap<Arc<str>, Box<Workload>>,
+    /// The types of which it was told on this stream, in the packed form, what is held, until they are answered; with the names that
+    /// came since.
+    resuming: HashMap<Kind, HashSet<Arc<str>>>,
+    /// Something is held that a predecessor kept, and for some type the controller has not said yet what of it holds. Until then
+    /// nothing is published: a policy that is no more must not decide.
+    recalled: bool,
 }
 
 /// What one response led to.
@@ -52,6 +62,10 @@ pub(super) struct Applied {
     pub(super) refused: Vec<DecodeError>,
     /// Addresses asked about of which it says what, or that nothing, is there.
     pub(super) answered: Vec<IpAddr>,
+    /// Which of its resources were not held before in their versions, by their places, in order.
+    new: Vec<usize>,
+    /// The names of what it removes that was held.
+    gone: Vec<String>,
 }
 
 /// One resource that the controller gave.
@@ -59,6 +73,8 @@ pub(super) struct Applied {
 struct Held {
     version: Version,
     object: Object,
+    /// What it takes where it is kept.
+    bytes: u32,
 }
 
 /// A resource's version. Culvert's own are 16 bytes, written as 32 hexadecimal digits: there are as many as there are workloads.
@@ -87,6 +103,15 @@ impl Kind {
         }
     }
 
+    /// The word for a label.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Mesh => "mesh",
+            Self::Authorization => "authorization",
+            Self::Address => "address",
+        }
+    }
+
     pub(super) fn of(type_url: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.type_url() == type_url)
     }
@@ -100,10 +125,13 @@ impl Mirror {
             shared: Shared::default(),
             default_trust_domain,
             held: HashMap::new(),
+            bytes: 0,
             complete: Vec::new(),
             mesh_known: false,
             mesh_refused: false,
             parked: HashMap::new(),
+            resuming: HashMap::new(),
+            recalled: false,
         }
     }
 
@@ -112,39 +140,119 @@ impl Mirror {
         &self.snapshot
     }
 
+    /// What a new stream is told of a kind that is held: the versions by name, or packed where the controller is Culvert's.
+    pub(super) fn tell(&mut self, kind: Kind) -> HashMap<String, String> {
+        let culverts = self.held.get(&Kind::Mesh).is_some_and(|settings| !settings.is_empty());
+        let all_digests = || self.held.get(&kind).is_some_and(|held| held.values().all(|held| held.version.digest().is_some()));
+        if !culverts || !all_digests() {
+            return self.versions(kind);
+        }
+        let digests = self.held.get(&kind).into_iter().flatten().filter_map(|(_, held)| held.version.digest());
+        let told = [(packed::NAME.to_owned(), packed::pack(digests))].into();
+        self.resuming.insert(kind, HashSet::new());
+        told
+    }
+
     /// The versions of all that is held of a kind, by name.
     pub(super) fn versions(&self, kind: Kind) -> HashMap<String, String> {
         let held = self.held.get(&kind).into_iter().flatten();
         held.map(|(name, held)| (name.to_string(), held.version.to_string())).collect()
     }
 
+    /// How many resources are held.
+    pub(super) fn size(&self) -> usize {
+        self.held.values().map(HashMap::len).sum()
+    }
+
+    /// What all that is held takes where it is kept, in bytes.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Takes up what a predecessor kept of a response. It is told to the controller, and counts when that has answered for all types.
+    pub(super) fn recall(&mut self, mut response: DeltaDiscoveryResponse) {
+        let Some(kind) = Kind::of(&response.type_url) else { return };
+        let mut edit = self.edit();
+        for name in &response.removed_resources {
+            self.remove(kind, name, &mut edit);
+        }
+        for resource in &mut response.resources {
+            // The type was left out, being the response's.
+            if let Some(any) = &mut resource.resource {
+                kind.type_url().clone_into(&mut any.type_url);
+            }
+            match self.decode(kind, resource, &edit) {
+                Ok(decoded) => self.take(kind, resource, decoded, &mut edit),
+                // It is not told to the controller then, which sends it again.
+                Err(error) => debug!(%error, "a resource that was kept makes no sense to this version"),
+            }
+        }
+        self.recalled = true;
+        self.unpublished = Some(edit);
+    }
+
+    /// Whether something is held that has not been in force yet.
+    pub(super) fn is_recalled(&self) -> bool {
+        self.recalled
+    }
+
+    /// Notes that what comes next is on a new stream: what the last one confirmed of the kept state may have changed since.
+    pub(super) fn begin_stream(&mut self) {
+        self.resuming.clear();
+        if self.recalled {
+            self.complete.clear();
+        }
+    }
+
     /// Takes one response over. `asked` says whether somebody asks about an address.
     pub(super) fn apply(&mut self, kind: Kind, response: &DeltaDiscoveryResponse, asked: impl Fn(IpAddr) -> bool) -> Applied {
         let mut applied = Applied::default();
         let mut edit = self.edit();
+        if let Some(came) = self.resuming.get_mut(&kind) {
+            came.extend(response.resources.iter().map(|resource| Arc::from(resource.name.as_str())));
+        }
+        for name in self.gone_unnamed(kind, &response.removed_resources) {
+            self.remove(kind, &name, &mut edit);
+            applied.gone.push(name.to_string());
+        }
         for name in &response.removed_resources {
-            self.remove(kind, name, &mut edit);
+            if self.remove(kind, name, &mut edit) {
+                applied.gone.push(name.clone());
+            }
             applied.answered.extend(address_in(name).filter(|address| asked(*address)));
         }
-        for resource in &response.resources {
+        for (place, resource) in response.resources.iter().enumerate() {
             match self.decode(kind, resource, &edit) {
                 Ok(decoded) => {
                     let names = resource.aliases.iter().filter_map(|alias| address_in(alias));
                     applied
                         .answered
                         .extend(addresses_of(&decoded).iter().copied().chain(names).filter(|address| asked(*address)));
+                    if self.is_news(kind, resource) {
+                        applied.new.push(place);
+                    }
                     self.take(kind, resource, decoded, &mut edit);
                 }
                 Err(error) => applied.refused.push(error),
             }
         }
         let partial = response.system_version_info == PARTIAL;
+        if !partial {
+            self.resuming.remove(&kind);
+        }
         if kind == Kind::Mesh {
             self.mesh_refused = !applied.refused.is_empty();
-        } else if !partial && !self.complete.contains(&kind) {
+        }
+        let refused = kind == Kind::Mesh && self.mesh_refused;
+        if !partial && !refused && !self.complete.contains(&kind) {
             self.complete.push(kind);
         }
-        if partial && !self.snapshot.synced() && applied.answered.is_empty() {
+        self.recalled &= !(self.mesh_known && self.complete.len() == Kind::ALL.len());
+        if self.recalled {
+            self.unpublished = Some(edit);
+            // No state that could be shown holds the answer. A question's own comes after the first ones.
+            applied.answered.clear();
+        } else if partial && !self.snapshot.synced() && applied.answered.is_empty() {
             self.unpublished = Some(edit);
         } else {
             self.publish(edit);
@@ -154,7 +262,8 @@ impl Mirror {
 
     /// Whether all but the mesh's settings has been answered, and of these nothing heard.
     pub(super) fn only_mesh_is_missing(&self) -> bool {
-        !self.mesh_known && !self.mesh_refused && self.rest_complete()
+        let known = self.mesh_known && (!self.recalled || self.complete.contains(&Kind::Mesh));
+        !known && !self.mesh_refused && self.rest_complete()
     }
 
     /// Acts without mesh settings: the control plane has none, so it is not Culvert's, and its policies come as objects.
@@ -164,6 +273,25 @@ impl Mirror {
             decode::Mesh { trust_domain: self.default_trust_domain.clone(), default_deny: false, cluster_ranges: Arc::default() };
         self.take_mesh(mesh, &mut edit);
         self.publish(edit);
+    }
+
+    /// What is gone by an answer to the packed form. What has come since is not, whatever it replaced.
+    fn gone_unnamed(&self, kind: Kind, removed: &[String]) -> Vec<Arc<str>> {
+        let (Some(came), Some(held)) = (self.resuming.get(&kind), self.held.get(&kind)) else { return Vec::new() };
+        // A controller that does not know the form sends all that there is, and this at its end.
+        let all = removed.iter().any(|name| name == packed::NAME);
+        let digests: HashSet<_> = removed.iter().filter_map(|name| packed::digest_in(name)).collect();
+        if !all && digests.is_empty() {
+            return Vec::new();
+        }
+        let gone = |held: &Held| all || held.version.digest().is_some_and(|digest| digests.contains(&digest));
+        held.iter().filter(|(name, held)| gone(held) && !came.contains(*name)).map(|(name, _)| Arc::clone(name)).collect()
+    }
+
+    /// Whether the resource was not held in this version. Without a version no controller could say that it still holds.
+    fn is_news(&self, kind: Kind, resource: &Resource) -> bool {
+        let held = self.held.get(&kind).and_then(|held| held.get(&*resource.name));
+        !resource.version.is_empty() && held.is_none_or(|held| held.version != resource.version.as_str().into())
     }
 
     fn edit(&mut self) -> Edit {
@@ -187,8 +315,11 @@ impl Mirror {
             Decoded::Workload { workload, .. } => Arc::clone(&workload.uid),
             Decoded::Mesh(_) | Decoded::Service(_) | Decoded::Policy(_) => self.shared.texts.text(&resource.name),
         };
+        let bytes = size(resource);
         let held = self.held.entry(kind).or_default();
-        let former = held.insert(Arc::clone(&name), Held { version: resource.version.as_str().into(), object });
+        let former = held.insert(Arc::clone(&name), Held { version: resource.version.as_str().into(), object, bytes });
+        self.bytes += u64::from(bytes);
+        self.bytes -= former.as_ref().map_or(0, |former| u64::from(former.bytes));
         if let Some(former) = former.filter(|former| !same_table(former.object, object)) {
             self.drop_object(former.object, &resource.name, edit);
         }
@@ -225,17 +356,18 @@ impl Mirror {
         edit.set_mesh(mesh.trust_domain, mesh.default_deny, mesh.cluster_ranges);
     }
 
-    fn remove(&mut self, kind: Kind, name: &str, edit: &mut Edit) {
-        let held = self.held.get_mut(&kind).and_then(|held| held.remove(name));
-        if let Some(held) = held {
-            self.drop_object(held.object, name, edit);
-        }
+    /// Says whether it was held.
+    fn remove(&mut self, kind: Kind, name: &str, edit: &mut Edit) -> bool {
+        let Some(held) = self.held.get_mut(&kind).and_then(|held| held.remove(name)) else { return false };
+        self.bytes -= u64::from(held.bytes);
+        self.drop_object(held.object, name, edit);
+        true
     }
 
     fn drop_object(&mut self, object: Object, name: &str, edit: &mut Edit) {
         match object {
-            // There is no mesh without settings: the last ones stay.
-            Object::Mesh => {}
+            // There is no mesh without settings: the last ones stay, unless they have not been in force yet.
+            Object::Mesh => self.mesh_known &= !self.recalled,
             Object::Workload { .. } => {
                 self.parked.remove(name);
                 edit.remove_workload(name);
@@ -254,8 +386,32 @@ impl Mirror {
 
     /// Whether the initial sets of all types but the mesh's settings are in.
     fn rest_complete(&self) -> bool {
-        self.complete.len() == Kind::ALL.len() - 1
+        Kind::ALL.iter().all(|kind| *kind == Kind::Mesh || self.complete.contains(kind))
     }
+}
+
+impl Applied {
+    /// What of the response there was not before, and can be told by its version: what is worth keeping.
+    pub(super) fn news(&self, mut response: DeltaDiscoveryResponse) -> DeltaDiscoveryResponse {
+        let mut wanted = self.new.iter().copied().peekable();
+        let mut place = 0;
+        response.resources.retain(|_| {
+            place += 1;
+            wanted.next_if_eq(&(place - 1)).is_some()
+        });
+        response.removed_resources.clone_from(&self.gone);
+        response
+    }
+
+    /// How many resources were held that are no more.
+    pub(super) fn gone(&self) -> usize {
+        self.gone.len()
+    }
+}
+
+fn size(resource: &Resource) -> u32 {
+    let value = resource.resource.as_ref().map_or(0, |any| any.value.len());
+    u32::try_from(resource.name.len() + resource.version.len() + value).unwrap_or(u32::MAX)
 }
 
 fn object_of(decoded: &Decoded) -> Object {
@@ -285,6 +441,16 @@ fn in_domain(mut workload: Workload, trust_domain: &TrustDomain, shared: &mut Sh
     let identity = shared.identity(trust_domain.clone(), namespace, service_account);
     workload.identity = identity.expect("the parts come from an identity, where they were legal");
     workload
+}
+
+impl Version {
+    /// What stands for it in the packed form.
+    fn digest(&self) -> Option<packed::Digest> {
+        match self {
+            Self::Digest(bytes) => bytes.first_chunk().copied(),
+            Self::Text(_) => None,
+        }
+    }
 }
 
 impl From<&str> for Version {

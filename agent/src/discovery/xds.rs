@@ -1,12 +1,14 @@
 //! The one stream to the controller: delta xDS, wildcard subscriptions, acknowledgements, and reconnecting.
 //!
 //! Enters: responses and questions. Leaves: requests, snapshots, and word of whether the controller is there. It reconnects for
-//! ever, and tells a new stream what it holds, so that only what differs is sent. It never lets the last snapshot go.
+//! ever, and tells a new stream what it holds, so that only what differs is sent: the first one, too, if there was an agent before
+//! this one. It never lets the last snapshot go.
 
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use prost::Message as _;
 use prost_types::value::Kind as ValueKind;
 use prost_types::{Struct, Value};
 use tokio::sync::{mpsc, watch};
@@ -17,6 +19,7 @@ use tonic::{Code, Status, Streaming};
 use tracing::{debug, info, warn};
 
 use super::decode::{DecodeError, quote};
+use super::keep::{self, Keeper};
 use super::mirror::{Kind, Mirror};
 use super::questions::Questions;
 use super::{DiscoveryConfig, Question, ResolveError};
@@ -47,6 +50,9 @@ const REFUSED_NAMED: usize = 8;
 pub(super) struct Client {
     config: DiscoveryConfig,
     mirror: Mirror,
+    /// Takes note of what is held, once it was looked at what a predecessor kept; none if that cannot be.
+    keeper: Option<Keeper>,
+    recalled: bool,
     questions: Questions,
     incoming: mpsc::Receiver<Question>,
     snapshots: watch::Sender<Arc<Snapshot>>,
@@ -71,6 +77,8 @@ enum StreamError {
     Ended,
     #[error("the controller does not read what it is sent")]
     Backlog,
+    #[error("the control plane is not the one whose mesh was kept: all is fetched again")]
+    OtherPlane,
     /// Nobody is left to tell.
     #[error("the agent is stopping")]
     Stopped,
@@ -84,7 +92,8 @@ impl Client {
         connected: watch::Sender<bool>,
     ) -> Self {
         let mirror = Mirror::new(&config.node, config.default_trust_domain.clone());
-        Self { config, mirror, questions: Questions::default(), incoming, snapshots, connected, outage: Outage::default() }
+        let (questions, outage) = (Questions::default(), Outage::default());
+        Self { config, mirror, keeper: None, recalled: false, questions, incoming, snapshots, connected, outage }
     }
 
     /// Runs until the last handle is gone.
@@ -114,18 +123,22 @@ impl Client {
     async fn stream(&mut self) -> Result<std::convert::Infallible, StreamError> {
         let endpoint = self.config.endpoint.clone();
         let channel = self.turning_questions_away(connect(&endpoint)).await??;
+        self.recall().await?;
         // In a large mesh they are large: they are made when there is somebody to read them.
         let opening = open(&endpoint, channel, self.first_requests());
         let (requests, mut responses) = self.turning_questions_away(opening).await??;
         self.outage.over();
         self.connected.send_replace(true);
+        if let Some(keeper) = &self.keeper {
+            keeper.connected();
+        }
         let mut mesh_due = self.mirror.only_mesh_is_missing().then(|| Instant::now() + MESH_PATIENCE);
         loop {
             let wake = [mesh_due, self.questions.next_deadline()].into_iter().flatten().min();
             tokio::select! {
                 message = responses.message() => match message {
                     Ok(Some(response)) => {
-                        self.respond(response, &requests)?;
+                        self.respond(response, &requests).await?;
                         let missing = self.mirror.only_mesh_is_missing();
                         mesh_due = missing.then(|| mesh_due.unwrap_or_else(|| Instant::now() + MESH_PATIENCE));
                     }
@@ -137,6 +150,10 @@ impl Client {
                     let now = Instant::now();
                     if mesh_due.is_some_and(|due| due <= now) {
                         mesh_due = None;
+                        if self.mirror.is_recalled() {
+                            self.forget();
+                            return Err(StreamError::OtherPlane);
+                        }
                         info!(trust_domain = %self.config.default_trust_domain, "the control plane names no mesh settings, defaults hold");
                         self.mirror.assume_mesh();
                         self.publish();
@@ -148,25 +165,55 @@ impl Client {
         }
     }
 
-    /// Applies a response, publishes what it makes, answers questions, and acknowledges or refuses it.
-    fn respond(&mut self, response: DeltaDiscoveryResponse, requests: &Requests) -> Result<(), StreamError> {
+    /// Takes up what a predecessor kept, once: the roots that vouch for the controller are known by now.
+    async fn recall(&mut self) -> Result<(), StreamError> {
+        if !std::mem::replace(&mut self.recalled, true) {
+            let config = self.config.clone();
+            let empty = move || Mirror::new(&config.node, config.default_trust_domain.clone());
+            let place = keep::Place::of(&self.config);
+            let decoding = tokio::task::spawn_blocking(move || keep::recall(place, empty));
+            // Decoding does not panic; if it did, all would be fetched.
+            if let Ok((mirror, keeper)) = self.turning_questions_away(decoding).await? {
+                (self.mirror, self.keeper) = (mirror, keeper);
+            }
+        }
+        self.mirror.begin_stream();
+        Ok(())
+    }
+
+    /// Begins anew, with nothing that a predecessor kept.
+    fn forget(&mut self) {
+        self.mirror = Mirror::new(&self.config.node, self.config.default_trust_domain.clone());
+        if let Some(keeper) = &self.keeper {
+            keeper.forget();
+        }
+    }
+
+    /// Applies a response, publishes what it makes, answers questions, acknowledges or refuses it, and has its news kept.
+    async fn respond(&mut self, response: DeltaDiscoveryResponse, requests: &Requests) -> Result<(), StreamError> {
         let Some(kind) = Kind::of(&response.type_url) else {
             debug!(type_url = quote(&response.type_url), "a response of a type that was not asked for");
             return Ok(());
         };
-        let questions = &self.questions;
+        let (questions, first) = (&self.questions, !self.mirror.snapshot().synced());
         let applied = self.mirror.apply(kind, &response, |address| questions.is_open(address));
-        debug!(?kind, resources = response.resources.len(), removed = response.removed_resources.len(), "response");
+        let (resources, removed) = (response.resources.len(), applied.gone());
+        debug!(?kind, resources, removed, "response");
+        self.config.received.count(kind.word(), resources, removed, response.encoded_len());
         self.publish();
         let answered = self.questions.answer(&applied.answered, self.mirror.snapshot());
         let acknowledgement = DeltaDiscoveryRequest {
-            type_url: response.type_url,
-            response_nonce: response.nonce,
+            type_url: response.type_url.clone(),
+            response_nonce: response.nonce.clone(),
             error_detail: refusal(&applied.refused),
             resource_names_unsubscribe: answered,
             ..DeltaDiscoveryRequest::default()
         };
-        send(requests, acknowledgement)
+        send(requests, acknowledgement)?;
+        if let Some(keeper) = &mut self.keeper {
+            keeper.keep(applied.news(response), self.mirror.bytes(), first).await;
+        }
+        Ok(())
     }
 
     fn ask(&mut self, question: Question, requests: &Requests) -> Result<(), StreamError> {
@@ -220,11 +267,11 @@ impl Client {
     }
 
     /// One wildcard subscription a type (no names: the form that every control plane knows), with what is held already.
-    fn first_requests(&self) -> Vec<DeltaDiscoveryRequest> {
+    fn first_requests(&mut self) -> Vec<DeltaDiscoveryRequest> {
         let request = |kind: Kind| DeltaDiscoveryRequest {
             node: Some(node(&self.config.node)),
             type_url: kind.type_url().to_owned(),
-            initial_resource_versions: self.mirror.versions(kind),
+            initial_resource_versions: self.mirror.tell(kind),
             ..DeltaDiscoveryRequest::default()
         };
         Kind::ALL.into_iter().map(request).collect()

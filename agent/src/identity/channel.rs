@@ -178,6 +178,11 @@ impl ControllerEndpoint {
         Ok(Self { uri, host: host.into(), port, name, root_cert: root_cert.into(), token_file: token_file.into() })
     }
 
+    /// The controller's address, as `HOST:PORT`.
+    pub(crate) fn address(&self) -> String {
+        format!("{}:{}", self.host, self.port)
+    }
+
     /// The file of the roots.
     #[must_use]
     pub fn root_cert(&self) -> &Path {

@@ -130,7 +130,8 @@ fields! {
     Agent {
         priority_class_name: Parsed<Name>, tolerations: List, node_selector: Texts, affinity: Map<String, Value>,
         update_strategy: UpdateStrategy, drain_timeout: Time, termination_grace_period_seconds: Within<1, 86_400>,
-        resources: Map<String, Value>, netns_dir: Parsed<Directory>, bpffs_dir: Parsed<Directory>, cgroup_dir: Parsed<Directory>,
+        resources: Map<String, Value>, netns_dir: Parsed<Directory>, bpffs_dir: Parsed<Directory>, state_dir: Parsed<Directory>,
+        cgroup_dir: Parsed<Directory>,
         mount_bpffs: bool, se_linux_options: Map<String, Value>, host_aliases: List, pod_annotations: Texts, extra_args: Vec<Parsed<Flag>>,
     }
     Controller {

@@ -25,6 +25,7 @@ use prometheus_client::registry::Registry;
 use super::connection::Direction;
 use super::labels::Escaped;
 use super::log;
+use super::received::XdsReceived;
 use super::traffic::{MAX_PAIRS, Traffic, TrafficCollector};
 use crate::model::{Action, CloseReason, SpiffeId, Verdict};
 use crate::policy::evaluate::Evaluation;
@@ -75,6 +76,7 @@ pub struct Metrics {
     verdicts: Family<VerdictLabels, Counter>,
     verdict_series: AtomicUsize,
     xds_connected: Gauge,
+    xds_received: XdsReceived,
     enrolled_pods: Gauge,
     plaintext_refused: Counter,
     capture_outcomes: Arc<OnceLock<CountSource>>,
@@ -120,6 +122,7 @@ impl Metrics {
             verdicts: Family::default(),
             verdict_series: AtomicUsize::new(0),
             xds_connected: Gauge::default(),
+            xds_received: XdsReceived::default(),
             enrolled_pods: Gauge::default(),
             plaintext_refused: Counter::default(),
             capture_outcomes: Arc::default(),
@@ -135,6 +138,7 @@ impl Metrics {
         let build = [("version", Escaped::from(env!("CARGO_PKG_VERSION"))), ("node", Escaped::from(node))];
         registry.register("build", "What runs here, and on which node", Info::new(build));
         registry.register("xds_connected", "1 while the agent is connected to its controller", self.xds_connected.clone());
+        self.xds_received.register(registry);
         registry.register("enrolled_pods", "Pods of this node that are enrolled", self.enrolled_pods.clone());
         registry.register("plaintext_refused", "Plaintext connections refused by mode", self.plaintext_refused.clone());
         registry.register("handshakes", "TLS handshakes by side and result", self.handshakes.clone());
@@ -238,6 +242,12 @@ impl Metrics {
     /// Notes whether the agent is connected to its controller.
     pub fn set_xds_connected(&self, connected: bool) {
         self.xds_connected.set(i64::from(connected));
+    }
+
+    /// What counts what comes from the controller.
+    #[must_use]
+    pub fn xds_received(&self) -> XdsReceived {
+        self.xds_received.clone()
     }
 
     /// Notes how many pods of the node are enrolled.

@@ -40,6 +40,12 @@ impl Mesh {
         self.dir.join(NODES[node]).join("bpf").join(NODES[node]).join("v2")
     }
 
+    /// Where the agent of a node keeps what its controller told.
+    #[must_use]
+    pub fn agent_state_dir(&self, node: usize) -> PathBuf {
+        self.dir.join(NODES[node]).join("state")
+    }
+
     /// Sends the controller a signal.
     ///
     /// # Panics

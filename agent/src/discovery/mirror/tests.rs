@@ -1,5 +1,7 @@
 //! Responses applied one after the other, and the state that they make.
 
+mod recalled;
+mod resuming;
 mod scale;
 
 use super::super::fixture::{mesh_resource, pod, pod_resource, policy_resource, response, service, service_resource, uid};

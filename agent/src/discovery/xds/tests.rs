@@ -12,6 +12,7 @@ use super::super::{Discovery, DiscoveryHandle};
 use super::*;
 use crate::identity::test_authority::TestAuthority;
 use crate::identity::test_server::{TestServer, authenticate};
+use crate::observe::XdsReceived;
 use crate::proto::discovery::Resource;
 use crate::proto::discovery::aggregated_discovery_service_server::{
     AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
@@ -81,6 +82,56 @@ async fn after_a_reconnect_the_client_tells_what_it_holds_and_keeps_it_meanwhile
     stream.send(ADDRESS_TYPE, vec![], &[&uid("a")]).await;
     let snapshot = until(&mut handle.snapshots(), |snapshot| snapshot.workload(&uid("a")).is_none()).await;
     assert!(snapshot.synced());
+}
+
+#[tokio::test]
+async fn a_client_that_starts_again_tells_what_its_predecessor_held_and_acts_on_it_when_that_is_confirmed() {
+    let mut plane = ControlPlane::start().await;
+    let handle = plane.client();
+    drop(plane.synced_stream(&handle).await);
+    drop(handle);
+    plane.kept(&uid("a")).await;
+    let handle = plane.client();
+    let mut stream = plane.stream().await;
+    let told = [("mesh", Kind::Mesh), (&uid("a"), Kind::Address)];
+    for kind in Kind::ALL {
+        let names: Vec<_> = stream.request().await.initial_resource_versions.into_iter().collect();
+        let expected = told.iter().filter(|(_, of)| *of == kind).map(|(name, _)| ((*name).to_owned(), "1".to_owned()));
+        assert_eq!(names, expected.collect::<Vec<_>>());
+    }
+    stream.send(MESH_TYPE, vec![], &[]).await;
+    stream.send(AUTHORIZATION_TYPE, vec![], &[]).await;
+    for _ in 0..2 {
+        stream.request().await;
+    }
+    assert!(handle.snapshots().borrow().workloads().next().is_none(), "addresses are not confirmed yet");
+    stream.send(ADDRESS_TYPE, vec![pod_resource(pod("b", [10, 0, 0, 2]))], &[&uid("a")]).await;
+    let snapshot = until(&mut handle.snapshots(), Snapshot::synced).await;
+    assert!(snapshot.workload(&uid("a")).is_none() && snapshot.workload(&uid("b")).is_some());
+    assert_eq!(snapshot.trust_domain().map(ToString::to_string).as_deref(), Some("td"));
+}
+
+#[tokio::test]
+async fn what_was_kept_is_forgotten_where_another_control_plane_answers() {
+    let mut plane = ControlPlane::start().await;
+    let handle = plane.client();
+    drop(plane.synced_stream(&handle).await);
+    drop(handle);
+    plane.kept(&uid("a")).await;
+    let handle = plane.client();
+    let stream = plane.stream().await;
+    // It has no mesh settings, and says nothing of what it does not know.
+    stream.send(AUTHORIZATION_TYPE, vec![], &[]).await;
+    stream.send(ADDRESS_TYPE, vec![pod_resource(pod("b", [10, 0, 0, 2]))], &[]).await;
+    let mut next = plane.stream().await;
+    assert!(handle.snapshots().borrow().workloads().next().is_none());
+    for _ in Kind::ALL {
+        assert!(next.request().await.initial_resource_versions.is_empty());
+    }
+    next.send(AUTHORIZATION_TYPE, vec![], &[]).await;
+    next.send(ADDRESS_TYPE, vec![pod_resource(pod("b", [10, 0, 0, 2]))], &[]).await;
+    let snapshot = until(&mut handle.snapshots(), Snapshot::synced).await;
+    assert!(snapshot.workload(&uid("a")).is_none() && snapshot.workload(&uid("b")).is_some());
 }
 
 #[tokio::test]
@@ -218,8 +269,25 @@ impl ControlPlane {
     }
 
     fn client(&self) -> DiscoveryHandle {
-        let default_trust_domain = "cluster.local".parse().expect("legal");
-        Discovery::start(DiscoveryConfig { endpoint: self.server.endpoint(), node: "node".into(), default_trust_domain })
+        Discovery::start(DiscoveryConfig {
+            endpoint: self.server.endpoint(),
+            node: "node".into(),
+            default_trust_domain: "cluster.local".parse().expect("legal"),
+            state_dir: self.server.directory.path().join("state"),
+            received: XdsReceived::default(),
+        })
+    }
+
+    /// Waits until what is kept names this resource.
+    async fn kept(&self, name: &str) {
+        let file = self.server.directory.path().join("state/node.mesh");
+        let named = || std::fs::read(&file).is_ok_and(|bytes| bytes.windows(name.len()).any(|part| part == name.as_bytes()));
+        let looked = async {
+            while !named() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, looked).await.expect("in time");
     }
 
     async fn stream(&mut self) -> ServedStream {

@@ -83,7 +83,7 @@ fn every_capability_and_mount_says_which_code_needs_it() {
         let length = lines[begin..].iter().position(|line| line.starts_with(to)).expect("an end");
         lines[begin..begin + length].to_vec()
     };
-    for (lines, count) in [(section("add:", "volumeMounts:"), 4), (section("volumeMounts:", "volumes:"), 5)] {
+    for (lines, count) in [(section("add:", "volumeMounts:"), 4), (section("volumeMounts:", "volumes:"), 6)] {
         let items: Vec<usize> = (0..lines.len()).filter(|at| lines[*at].starts_with("- ")).collect();
         assert_eq!(items.len(), count, "{lines:?}");
         for at in items {
@@ -100,7 +100,7 @@ fn every_volume_is_mounted_and_the_host_ones_are_as_narrow_as_can_be() {
     let names = |list: &[Value]| list.iter().map(|item| item["name"].to_string()).collect::<BTreeSet<_>>();
     assert_eq!(names(&volumes), names(&mounts));
     let paths: BTreeSet<_> = volumes.iter().filter_map(|volume| volume["hostPath"]["path"].as_str()).collect();
-    assert_eq!(paths, BTreeSet::from(["/run/netns", "/sys/fs/bpf", "/sys/fs/cgroup"]));
+    assert_eq!(paths, BTreeSet::from(["/run/netns", "/sys/fs/bpf", "/sys/fs/cgroup", "/var/lib/culvert"]));
     let netns = mounts.iter().find(|mount| mount["name"] == "netns").expect("a mount");
     assert_eq!(netns["mountPropagation"], "HostToContainer");
 }

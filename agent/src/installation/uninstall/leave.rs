@@ -19,7 +19,7 @@ use crate::installation::{InstallError, Values, chart};
 /// The label of these pods.
 const NAME: &str = "culvert-leave";
 /// Flags of the agent's that say where things are on the node.
-const PLACES: [&str; 2] = ["--bpf-dir=", "--netns-dir="];
+const PLACES: [&str; 3] = ["--bpf-dir=", "--netns-dir=", "--state-dir="];
 
 /// Cleans every node that runs pods, and waits for it. `agents` is the DaemonSet as it was installed, if it was.
 pub(super) async fn every_node(
@@ -158,13 +158,19 @@ mod tests {
         let container = &pod["spec"]["containers"][0];
         assert_eq!(
             container["args"],
-            json!(["uninstall", "--node=node.example", "--netns-dir=/run/netns", "--bpf-dir=/mnt/bpf/culvert"])
+            json!([
+                "uninstall",
+                "--node=node.example",
+                "--netns-dir=/run/netns",
+                "--bpf-dir=/mnt/bpf/culvert",
+                "--state-dir=/var/lib/culvert"
+            ])
         );
         assert_eq!(container["securityContext"], template["containers"][0]["securityContext"]);
         assert_eq!(container["image"], template["containers"][0]["image"]);
         let names = |list: &Value| list.as_array().expect("a list").iter().map(|item| item["name"].clone()).collect::<Vec<_>>();
-        assert_eq!(names(&pod["spec"]["volumes"]), ["netns", "bpffs", "cgroup"]);
-        assert_eq!(names(&container["volumeMounts"]), ["netns", "bpffs", "cgroup"]);
+        assert_eq!(names(&pod["spec"]["volumes"]), ["netns", "bpffs", "state", "cgroup"]);
+        assert_eq!(names(&container["volumeMounts"]), ["netns", "bpffs", "state", "cgroup"]);
         assert!(container.get("readinessProbe").is_none() && container.get("ports").is_none());
         assert_eq!(pod["spec"]["nodeName"], "node.example");
         assert_eq!(pod["metadata"]["annotations"], json!({"container.apparmor.security.beta.kubernetes.io/agent": "unconfined"}));

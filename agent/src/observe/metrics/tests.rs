@@ -33,6 +33,7 @@ fn filled() -> Metrics {
     });
     metrics.evaluation(&bare(Verdict::Allow { by: None }));
     metrics.set_xds_connected(true);
+    metrics.xds_received().count("address", 3, 1, 700);
     metrics.set_enrolled_pods(12);
     metrics.plaintext_refused();
     metrics
@@ -58,6 +59,9 @@ fn every_metric_has_the_name_that_is_documented() {
         r#"culvert_policy_verdicts_total{policy="shop/trial",verdict="deny",dry_run="true"} 1"#,
         r#"culvert_policy_verdicts_total{policy="shop/watch",verdict="audit",dry_run="false"} 1"#,
         "culvert_xds_connected 1",
+        r#"culvert_xds_resources_received_total{type="address"} 3"#,
+        r#"culvert_xds_resources_removed_total{type="address"} 1"#,
+        r#"culvert_xds_received_bytes_total{type="address"} 700"#,
         "culvert_enrolled_pods 12",
         r#"culvert_tunnels_open{side="server"} 1"#,
         r#"culvert_tunnels_open{side="client"} 0"#,
