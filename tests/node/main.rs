@@ -37,6 +37,7 @@ mod outage;
 mod programs;
 mod readiness;
 mod renewal;
+mod restart;
 mod same_node;
 mod services;
 mod shared_kernel;
