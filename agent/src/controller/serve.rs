@@ -8,6 +8,7 @@ mod certificates;
 mod discovery;
 mod listener;
 mod quota;
+mod relief;
 mod subscription;
 
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use self::authenticated::Authenticated;
 use self::certificates::Certificates;
 use self::discovery::Discovery;
 use self::quota::Quota;
+use self::relief::Relief;
 use super::authority::Authority;
 use super::node_auth::NodeAuth;
 use super::publish::MeshState;
@@ -77,7 +79,8 @@ impl Shared {
 /// When HTTP/2 cannot be served at all.
 pub(super) async fn serve(listener: TcpListener, names: Vec<String>, shared: Shared) -> Result<(), tonic::transport::Error> {
     let incoming = listener::accept(listener, names, Arc::clone(&shared.authority), shared.stop.clone());
-    let discovery = AggregatedDiscoveryServiceServer::new(Discovery { shared: shared.clone(), quota: Quota::default() });
+    let (quota, relief) = (Quota::default(), Relief::start());
+    let discovery = AggregatedDiscoveryServiceServer::new(Discovery { shared: shared.clone(), quota, relief });
     let certificates = IstioCertificateServiceServer::new(Certificates(shared.clone()));
     Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))

@@ -16,6 +16,7 @@ use tracing::{debug, warn};
 use super::Shared;
 use super::authenticated::caller;
 use super::quota::Quota;
+use super::relief::Relief;
 use super::subscription::{Item, MAX_NAMES, Subscription, TooFarBehind, TooManyNames, address_in};
 use crate::controller::index::{Resource, ResourceKind};
 use crate::controller::publish::MeshState;
@@ -23,10 +24,11 @@ use crate::controller::source::About;
 use crate::proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryService;
 use crate::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource as WireResource};
 
-/// The most resources in one response.
-const CHUNK_ITEMS: usize = 1000;
-/// The response is full once it holds this many bytes of resources.
-const CHUNK_BYTES: usize = 1024 * 1024;
+/// The response is full once it holds this many bytes of resources. For each stream that was told of a whole mesh, the buffer that its
+/// largest response was written to stays.
+const CHUNK_BYTES: usize = 64 * 1024;
+/// What a resource takes in a response beside its name and content, about.
+const RESOURCE_BYTES: usize = 128;
 /// Responses under way to one client.
 const UNDER_WAY: usize = 2;
 /// How long a client may leave a response unread.
@@ -38,11 +40,14 @@ const FAREWELL: Duration = Duration::from_secs(1);
 pub(super) struct Discovery {
     pub(super) shared: Shared,
     pub(super) quota: Quota,
+    /// Hears of each client that has been told of everything.
+    pub(super) relief: Relief,
 }
 
 /// One client's stream.
 struct Conversation {
     shared: Shared,
+    relief: Relief,
     states: watch::Receiver<Arc<MeshState>>,
     responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
     /// The node whose token the client showed.
@@ -76,6 +81,7 @@ impl AggregatedDiscoveryService for Discovery {
         let conversation = Conversation {
             states: self.shared.states.clone(),
             shared: self.shared.clone(),
+            relief: self.relief.clone(),
             responses: responses.clone(),
             client: node.to_string(),
             node,
@@ -139,6 +145,7 @@ impl Conversation {
             if let Some(items) = self.subscription(kind).follow_all(&state, &request.initial_resource_versions) {
                 debug!(client = self.client, ?kind, items = items.len(), "sending everything that differs");
                 self.send(kind.type_url(), items, Part::Initial, state.sequence()).await?;
+                self.relief.wanted();
             }
         } else if new && !request.initial_resource_versions.is_empty() {
             let state = self.state();
@@ -210,11 +217,11 @@ impl Conversation {
         }
         loop {
             let mut response = DeltaDiscoveryResponse { type_url: type_url.to_owned(), ..DeltaDiscoveryResponse::default() };
-            let (mut count, mut bytes) = (0, 0);
-            while count < CHUNK_ITEMS && bytes < CHUNK_BYTES {
+            let mut bytes = 0;
+            while bytes < CHUNK_BYTES {
                 match items.next() {
                     Some(Item::Present(resource, asked)) => {
-                        bytes += resource.value.len();
+                        bytes += resource.name.len() + resource.value.len() + RESOURCE_BYTES;
                         response.resources.push(wire(type_url, &resource, asked));
                     }
                     Some(Item::Absent(name)) => {
@@ -223,7 +230,6 @@ impl Conversation {
                     }
                     None => break,
                 }
-                count += 1;
             }
             let last = items.peek().is_none();
             self.nonce += 1;

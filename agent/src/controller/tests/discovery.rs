@@ -2,7 +2,7 @@ use std::fmt::Write as _;
 
 use super::{Mesh, names, pod, workload};
 use crate::proto::culvert;
-use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE};
+use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE, packed};
 use prost::Message;
 
 const WEB: &str = "Kubernetes//Pod/shop/web";
@@ -147,6 +147,28 @@ async fn a_client_that_comes_back_hears_only_what_differs_also_from_a_new_contro
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_may_tell_what_it_holds_packed_and_is_told_what_differs() {
+    let pods = [("web.yaml", pod("web", "node-a", "10.1.0.1")), ("db.yaml", pod("db", "node-a", "10.1.0.2"))];
+    let mesh = Mesh::start(&pods).await;
+    let mut stream = mesh.discovery("node-a").await;
+    let (resources, _) = stream.all(ADDRESS_TYPE, &[]).await;
+    let digests: Vec<_> = resources.iter().map(|resource| packed::digest_of(&resource.version).unwrap()).collect();
+    let all = packed::pack(digests.iter().copied());
+    let mut stream = mesh.discovery("node-a").await;
+    let held = |packed: &str| [(packed::NAME.to_owned(), packed.to_owned())];
+    let nothing = (Vec::new(), Vec::new());
+    assert_eq!(stream.all(ADDRESS_TYPE, &held(&all)).await, nothing);
+    let some = packed::pack(digests[..1].iter().copied().chain([[7; 12]]));
+    let mut stream = mesh.discovery("node-a").await;
+    let (told, removed) = stream.all(ADDRESS_TYPE, &held(&some)).await;
+    assert_eq!((names(&told), removed), (names(&resources[1..]), vec![packed::name_of([7; 12])]));
+    // What is not of the form counts for nothing held.
+    let mut stream = mesh.discovery("node-a").await;
+    let (told, removed) = stream.all(ADDRESS_TYPE, &held("?")).await;
+    assert_eq!((told.len(), removed), (resources.len(), vec![packed::NAME.to_owned()]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_large_first_answer_comes_in_parts_and_its_end_can_be_told() {
     let mut pods = String::new();
     for number in 0..2500 {
@@ -156,12 +178,17 @@ async fn a_large_first_answer_comes_in_parts_and_its_end_can_be_told() {
     let mesh = Mesh::start(&[("pods.yaml", pods)]).await;
     let mut stream = mesh.discovery("node-a").await;
     stream.ask(ADDRESS_TYPE, &[], &[]).await;
-    let mut sizes = Vec::new();
-    for _ in 0..3 {
+    let (mut told, mut parts, mut partial) = (0, 0, true);
+    while partial {
         let part = stream.next().await.unwrap();
-        sizes.push((part.resources.len(), part.system_version_info == "partial"));
+        partial = part.system_version_info == "partial";
+        // What a stream's buffer must hold, and keeps.
+        assert!(part.encoded_len() < 100 << 10, "a part of {} bytes", part.encoded_len());
+        told += part.resources.len();
+        parts += 1;
     }
-    assert_eq!(sizes, [(1000, true), (1000, true), (500, false)]);
+    assert_eq!(told, 2500);
+    assert!(parts > 3, "{parts} parts");
 }
 
 #[tokio::test(flavor = "multi_thread")]
