@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: what Culvert costs, in one run on one topology, beside the same bytes on the same way without it. Paths are
 //! measured in turns (direct, culvert, direct, culvert …), so that what else the machine does falls on all of them.
 
+mod api;
 mod cpu;
 mod facts;
 mod interrupt;
@@ -96,7 +97,8 @@ fn choose(only: &[String]) -> Result<Vec<&'static Row>> {
     let unknown = only.iter().find(|wanted| !ROWS.iter().any(|row| row.name.starts_with(wanted.as_str())));
     let names = || ROWS.iter().map(|row| row.name).collect::<Vec<_>>().join(", ");
     ensure!(unknown.is_none(), "no row begins with {:?}; there are {}", unknown.map_or("", String::as_str), names());
-    let wanted = |row: &&Row| only.is_empty() || only.iter().any(|wanted| row.name.starts_with(wanted.as_str()));
+    let by_default = |row: &Row| only.is_empty() && !row.by_name_only();
+    let wanted = |row: &&Row| by_default(row) || only.iter().any(|wanted| row.name.starts_with(wanted.as_str()));
     Ok(ROWS.iter().filter(wanted).collect())
 }
 

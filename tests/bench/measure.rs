@@ -1,6 +1,7 @@
 //! The measurements, one module each. Each gives values by the keys of its row's figures, from one round on one path; a key may have
 //! several.
 
+mod api_scale;
 mod cliff;
 mod connections;
 mod first_byte;
@@ -38,6 +39,8 @@ pub(crate) struct Scale {
     pub(crate) most_workloads: usize,
     /// How many pods are made that have never spoken before, in each round.
     pub(crate) newcomers: usize,
+    /// How many pods of a cluster change, one after the other.
+    pub(crate) pod_changes: usize,
 }
 
 impl Scale {
@@ -50,6 +53,7 @@ impl Scale {
         most_connections: 10_000,
         most_workloads: 200_000,
         newcomers: 5,
+        pod_changes: 50,
     };
     /// Enough to see where one stands, in under 3 minutes.
     pub(crate) const QUICK: Self = Self {
@@ -60,6 +64,7 @@ impl Scale {
         most_connections: 1000,
         most_workloads: 10_000,
         newcomers: 3,
+        pod_changes: 20,
     };
 }
 
@@ -79,6 +84,10 @@ impl Measure {
                 lab.clear();
                 mesh_size::measure(scale)
             }
+            Self::ApiScale => {
+                lab.clear();
+                api_scale::measure(scale)
+            }
         }
     }
 
@@ -86,7 +95,7 @@ impl Measure {
     /// its last with.
     pub(crate) fn rounds(self, scale: Scale) -> usize {
         match self {
-            Self::Memory | Self::MeshSize | Self::Cliff => 1,
+            Self::Memory | Self::MeshSize | Self::ApiScale | Self::Cliff => 1,
             Self::Stream { .. }
             | Self::Requests { .. }
             | Self::Connections { .. }

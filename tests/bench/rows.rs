@@ -24,6 +24,13 @@ pub(crate) struct Row {
     pub(crate) figures: &'static [Figure],
 }
 
+impl Row {
+    /// Whether it is measured only when it is asked for: it needs programs that take minutes to build.
+    pub(crate) fn by_name_only(&self) -> bool {
+        self.measure == Measure::ApiScale
+    }
+}
+
 /// How to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Measure {
@@ -45,6 +52,8 @@ pub(crate) enum Measure {
     Memory,
     /// What an agent holds of a large mesh.
     MeshSize,
+    /// What a cluster costs whose objects come from an API server.
+    ApiScale,
 }
 
 /// A line of the table.

@@ -28,6 +28,15 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::setup;
 
+/// The directory of Kubernetes' programs, built if they have not been, with what the control plane needs beside them installed.
+///
+/// # Errors
+/// What could not be installed or built.
+pub(crate) fn programs() -> Result<PathBuf> {
+    setup::ensure(setup::Scope::Cluster)?;
+    kubernetes::programs()
+}
+
 /// What to do with the cluster.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
