@@ -121,7 +121,8 @@ fn a_pod_in_the_nodes_network_that_calls_itself_the_kubelet_is_refused_under_str
              http://{}:8082/grpc.health.v1.Health/Check | od -A n -t x1",
             addresses[0]
         );
-        let health = cluster.on_node(node, &["sh", "-c", &script]).expect("a kubelet's question for health is let in");
+        let script = ["bash", "-o", "pipefail", "-c", &script];
+        let health = cluster.on_node(node, &script).expect("a kubelet's question for health is let in");
         assert_eq!(health.trim(), "00 00 00 00 02 08 01");
     }
     // The kubelet goes on meanwhile.

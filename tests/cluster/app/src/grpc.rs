@@ -4,6 +4,8 @@ use std::net::TcpListener;
 
 use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
+use h2::RecvStream;
+use h2::server::SendResponse;
 use http::{HeaderMap, Request, Response};
 use tokio::net::TcpStream;
 use tokio::runtime::{Builder, Runtime};
@@ -60,11 +62,24 @@ async fn accept(listener: TcpListener) -> Result<()> {
 async fn answer(stream: TcpStream) -> Result<()> {
     let mut connection = h2::server::handshake(stream).await?;
     while let Some(request) = connection.accept().await {
-        let (_, mut respond) = request?;
-        let head = Response::builder().header("content-type", "application/grpc").body(())?;
-        let mut body = respond.send_response(head, false)?;
-        body.send_data(Bytes::from_static(SERVING), false)?;
-        body.send_trailers(HeaderMap::from_iter([("grpc-status".parse()?, "0".parse()?)]))?;
+        let (request, respond) = request?;
+        tokio::spawn(async {
+            if let Err(error) = say_serving(request.into_body(), respond).await {
+                eprintln!("gRPC: {error:#}");
+            }
+        });
     }
+    Ok(())
+}
+
+/// Answers a question when it has been put: an answer to half a question is one to a stream that is reset.
+async fn say_serving(mut question: RecvStream, mut respond: SendResponse<Bytes>) -> Result<()> {
+    while let Some(data) = question.data().await {
+        question.flow_control().release_capacity(data?.len())?;
+    }
+    let head = Response::builder().header("content-type", "application/grpc").body(())?;
+    let mut body = respond.send_response(head, false)?;
+    body.send_data(Bytes::from_static(SERVING), false)?;
+    body.send_trailers(HeaderMap::from_iter([("grpc-status".parse()?, "0".parse()?)]))?;
     Ok(())
 }
