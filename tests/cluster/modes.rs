@@ -7,16 +7,6 @@ use harness::{Cluster, eventually_within};
 
 /// The manifests are Istio's own, but for the namespaces and the port:
 /// <https://istio.io/latest/docs/tasks/security/authentication/authn-policy/>.
-const MESH: &str = "
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata:
-  name: \"default\"
-  namespace: \"istio-system\"
-spec:
-  mtls:
-    mode: STRICT
-";
 const NAMESPACE: &str = "
 apiVersion: security.istio.io/v1
 kind: PeerAuthentication
@@ -66,12 +56,7 @@ const SAY: &str = r"GET / HTTP/1.1\r\n\r\n";
 fn modes_of_mesh_namespace_workload_and_port_count_and_the_narrowest_wins() {
     let cluster = Cluster;
     let nodes = cluster.nodes();
-    let _namespaces = [
-        cluster.namespace(FOO, &[ENROLLED]),
-        cluster.namespace(BAR, &[ENROLLED]),
-        cluster.namespace(LEGACY, &[]),
-        cluster.namespace("istio-system", &[]),
-    ];
+    let _namespaces = [cluster.namespace(FOO, &[ENROLLED]), cluster.namespace(BAR, &[ENROLLED]), cluster.namespace(LEGACY, &[])];
     let addresses = cluster.pods(&[
         PodSpec::new(FOO, "httpbin", &nodes[1]),
         PodSpec::new(FOO, "sleep", &nodes[0]),
@@ -94,11 +79,9 @@ fn modes_of_mesh_namespace_workload_and_port_count_and_the_narrowest_wins() {
             cluster.converse(FOO, "sleep", server, SAY).unwrap_or_else(|refusal| panic!("{what}: {refusal:?} in the mesh"));
         }
     };
-    let delete = |namespace: &str, name: &str| {
-        cluster.kubectl(&["--namespace", namespace, "delete", "peerauthentication", name]);
-    };
+    let delete = |name: &str| cluster.kubectl(&["--namespace", FOO, "delete", "peerauthentication", name]);
     check("all is open", [true, true, true, true]);
-    cluster.apply_text(MESH);
+    let strict = cluster.strict_mesh();
     check("the mesh is closed", [false, false, false, false]);
     cluster.apply_text(NAMESPACE);
     check("one namespace is open", [true, true, true, false]);
@@ -106,10 +89,10 @@ fn modes_of_mesh_namespace_workload_and_port_count_and_the_narrowest_wins() {
     check("but for one workload in it", [false, false, true, false]);
     cluster.apply_text(PORT);
     check("which is open on one port", [false, true, true, false]);
-    delete(FOO, "httpbin");
+    delete("httpbin");
     check("the workload is as its namespace", [true, true, true, false]);
-    delete(FOO, "default");
+    delete("default");
     check("the namespace is as the mesh", [false, false, false, false]);
-    delete("istio-system", "default");
+    drop(strict);
     check("all is open again", [true, true, true, true]);
 }

@@ -8,17 +8,6 @@ use harness::{Cluster, eventually_within};
 
 const MESH: &str = "ways-mesh";
 const PLAIN: &str = "ways-plain";
-/// Istio's own: <https://istio.io/latest/docs/tasks/security/authentication/mtls-migration/>.
-const STRICT: &str = "\
-apiVersion: security.istio.io/v1beta1
-kind: PeerAuthentication
-metadata:
-  name: \"default\"
-  namespace: \"istio-system\"
-spec:
-  mtls:
-    mode: STRICT
-";
 
 /// How a server is called.
 #[derive(Clone, Copy, Debug)]
@@ -125,13 +114,12 @@ fn the_mesh_is_out_of_sight_by_every_way_and_istios_plainest_manifest_closes_it_
         }
     }
 
-    let _root = cluster.namespace("istio-system", &[]);
-    cluster.apply_text(STRICT);
+    let strict = cluster.strict_mesh();
     let is_refused = |far| stage.talk(false, true, far, Way::Address, "no-entry") == Err(Refusal("ConnectionRefused".to_owned()));
     eventually_within(Duration::from_secs(20), "both nodes refuse plaintext", || is_refused(false) && is_refused(true));
     stage.check_all("strict", |from_mesh, to_mesh| from_mesh || !to_mesh);
 
-    cluster.kubectl(&["--namespace", "istio-system", "delete", "peerauthentication", "default"]);
+    drop(strict);
     for far in [false, true] {
         stage.talk(false, true, far, Way::Address, "open again").expect("the mode is taken back");
     }

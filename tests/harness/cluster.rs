@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 pub use account::user;
 pub use capture::{Flow, NodeCapture};
-pub use culvert::{CULVERT, ENROLLED, TUNNEL};
+pub use culvert::{CULVERT, ENROLLED, StrictMesh, TUNNEL};
 pub use disturb::Stopped;
 pub use pod::{IMAGE, PodSpec, Refusal, Seen, seen};
 pub use traffic::Second;

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use super::{Cluster, text};
+use super::{Cluster, TestNamespace, text};
 
 /// Where Culvert is installed.
 pub const CULVERT: &str = "culvert-system";
@@ -16,7 +16,44 @@ const VALUES: &[&str] = &["agent.drainTimeout=2s"];
 /// The label of a namespace whose pods are in the mesh.
 pub const ENROLLED: (&str, &str) = ("culvert.dev/mesh", "enabled");
 
+/// Istio's plainest manifest, as its users write it:
+/// <https://istio.io/latest/docs/tasks/security/authentication/mtls-migration/>.
+const STRICT: &str = "\
+apiVersion: security.istio.io/v1beta1
+kind: PeerAuthentication
+metadata:
+  name: \"default\"
+  namespace: \"istio-system\"
+spec:
+  mtls:
+    mode: STRICT
+";
+
+/// A mesh all of whose pods take mutual TLS only, unless something narrower says otherwise; until this is dropped.
+#[derive(Debug)]
+pub struct StrictMesh {
+    root: TestNamespace,
+}
+
+impl Drop for StrictMesh {
+    fn drop(&mut self) {
+        // At once: what is in a namespace goes when the namespace does, which may take longer than the next test.
+        let words = ["--namespace", self.root.name(), "delete", "peerauthentication", "default"];
+        if let Err(error) = Cluster.try_kubectl(&words) {
+            eprintln!("opening the mesh again: {error}");
+        }
+    }
+}
+
 impl Cluster {
+    /// Closes the mesh, by Istio's plainest manifest.
+    #[must_use]
+    pub fn strict_mesh(&self) -> StrictMesh {
+        let root = self.namespace("istio-system", &[]);
+        self.apply_text(STRICT);
+        StrictMesh { root }
+    }
+
     /// The name of the pod of a node's agent.
     ///
     /// # Panics
