@@ -7,6 +7,7 @@ mod culvert;
 mod disturb;
 mod pod;
 mod traffic;
+mod trouble;
 mod watch;
 mod way_in;
 
@@ -34,6 +35,7 @@ pub struct Cluster;
 #[derive(Debug)]
 pub struct TestNamespace {
     name: String,
+    made: Instant,
 }
 
 impl TestNamespace {
@@ -47,14 +49,7 @@ impl TestNamespace {
 impl Drop for TestNamespace {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("--- pods and events of {}", self.name);
-            for kind in ["pods", "events"] {
-                let listed = kubectl().args(["--namespace", &self.name, "get", kind, "--output=wide"]).output();
-                eprintln!(
-                    "{}",
-                    listed.map_or_else(|error| error.to_string(), |listed| String::from_utf8_lossy(&listed.stdout).into_owned())
-                );
-            }
+            trouble::tell(&self.name, self.made.elapsed());
         }
         let _gone_already = kubectl().args(["delete", "namespace", &self.name, "--wait=false"]).output();
     }
@@ -150,7 +145,7 @@ impl Cluster {
         let labels: serde_json::Map<String, Value> =
             labels.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
         self.apply(&json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}));
-        let namespace = TestNamespace { name: name.to_owned() };
+        let namespace = TestNamespace { name: name.to_owned(), made: Instant::now() };
         self.wait_for("the namespace's service account", name, "serviceaccounts", |accounts| !accounts.is_empty());
         namespace
     }
