@@ -96,6 +96,9 @@ fn kubelet(node: &Node<'_>) -> Value {
         "evictionHard": {"memory.available": "0%", "nodefs.available": "0%", "nodefs.inodesFree": "0%", "imagefs.available": "0%"},
         "imageGCHighThresholdPercent": 100,
         "nodeStatusUpdateFrequency": "5s",
+        // As of later versions: with this one's 5 a second, a node tells of one or two pods a second.
+        "kubeAPIQPS": 50,
+        "kubeAPIBurst": 100,
         "syncFrequency": "5s",
         "fileCheckFrequency": "5s",
         "volumeStatsAggPeriod": "0s",
