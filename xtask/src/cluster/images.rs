@@ -15,7 +15,6 @@ use crate::run::{cargo, root, run};
 pub(super) const PAUSE: &str = "localhost/culvert-test-pause:1";
 /// The application's. Its tag is not `latest`, so that kubelet does not try to pull it.
 const APPLICATION: &str = "localhost/culvert-test-app:1";
-const TARGET: &str = "x86_64-unknown-linux-gnu";
 const BUSYBOX: &str = "/bin/busybox";
 
 /// The docker-archive tars of a directory.
@@ -43,14 +42,15 @@ pub(super) fn own(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(archives)
 }
 
-/// Builds the application with all of the C library in it: its image has nothing else.
+/// Builds the application with all of the C library in it: its image has nothing else. Only its own crate is told so, so that what it rests on
+/// is what the tests rest on, which has been compiled.
 fn build_application() -> Result<PathBuf> {
     let mut command = cargo();
-    command.args(["build", "--package", "culvert-cluster-app", "--target", TARGET]);
-    command.env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols");
+    command.args(["rustc", "--package", "culvert-cluster-app", "--"]);
+    command.args(["-C", "target-feature=+crt-static", "-C", "strip=symbols"]);
     run(&mut command)?;
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    Ok(target.join(TARGET).join("debug/culvert-cluster-app"))
+    Ok(target.join("debug/culvert-cluster-app"))
 }
 
 fn add_shell(root: &Path) -> Result<()> {
