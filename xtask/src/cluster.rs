@@ -3,13 +3,15 @@
 //! Where a Docker engine and kind work, it is kind's. Elsewhere the nodes are namespaces of this machine and everything in them is the
 //! distribution's: containerd, runc and the CNI plugins from its packages, Kubernetes itself built from its source package. Nothing is
 //! kept but one directory below `/run`, and names: all that `down` removes is found by the cluster's name, so a run that was killed half-way
-//! leaves nothing that the next `down` does not find.
+//! leaves nothing that the next `down` does not find. What uses a cluster that it
+//! has made holds a [`Guard`], so that it does not come to that.
 
 #![expect(clippy::print_stdout, reason = "paths and states are what these verbs are asked for")]
 
 mod control_plane;
 mod dns;
 mod forward;
+mod guard;
 mod images;
 mod init;
 mod kind;
@@ -27,6 +29,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, ensure};
 
 use crate::setup;
+
+pub(crate) use self::guard::{Guard, VARIABLE};
 
 /// The directory of Kubernetes' programs, built if they have not been, with what the control plane needs beside them installed.
 ///
@@ -97,6 +101,9 @@ enum Verb {
     /// Serves the names of the cluster's services.
     #[command(hide = true)]
     Dns,
+    /// Removes the cluster when the standard input ends.
+    #[command(hide = true)]
+    Guard,
 }
 
 /// How the cluster shall be.
@@ -192,6 +199,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Verb::Init { node } => init::run(&node::Node::named(&cluster, &node)?),
         Verb::Forward => forward::run(&cluster),
         Verb::Dns => dns::run(&cluster),
+        Verb::Guard => guard::run(&cluster),
     }
 }
 
@@ -220,6 +228,15 @@ impl Cluster {
     /// This program, as it was when the cluster was made: a cluster outlives many builds.
     fn own_program(&self) -> PathBuf {
         self.path("bin/xtask")
+    }
+
+    /// The program that knows the cluster: its own, where it has one, or this one.
+    ///
+    /// # Errors
+    /// When this program does not know its own path.
+    pub(crate) fn xtask_program(&self) -> Result<PathBuf> {
+        let own = self.own_program();
+        if own.exists() { Ok(own) } else { std::env::current_exe().context("looking for this program") }
     }
 
     /// Before the name of each network namespace and cgroup of the cluster.

@@ -1,11 +1,11 @@
 //! A cluster with Culvert on it, as this checkout builds it and as its users install it; and the demo on one.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
-use crate::cluster::{Cluster, Up};
+use crate::cluster::{self, Cluster, Guard, Up};
 use crate::run::{cargo, root, run};
 use crate::{image, launch};
 
@@ -27,21 +27,18 @@ pub(crate) fn up(name: &str, binary: &Path, values: &[&str]) -> Result<Cluster> 
     if String::from_utf8_lossy(&agents.output()?.stdout).contains("culvert-agent") {
         run(Command::new(binary).args(["uninstall", "--kubeconfig"]).arg(cluster.kubeconfig()))?;
     }
-    install(binary, &cluster.kubeconfig(), values)?;
+    run(installation(binary, &cluster.kubeconfig(), values).env(cluster::VARIABLE, name))?;
     Ok(cluster)
 }
 
 /// Installs by the command that users have.
-///
-/// # Errors
-/// What kept it from being installed.
-pub(crate) fn install(binary: &Path, kubeconfig: &Path, values: &[&str]) -> Result<()> {
+pub(crate) fn installation(binary: &Path, kubeconfig: &Path, values: &[&str]) -> Command {
     let mut command = Command::new(binary);
     command.arg("install").arg("--kubeconfig").arg(kubeconfig);
     for value in values {
         command.args(["--set", value]);
     }
-    run(&mut command)
+    command
 }
 
 /// Gives a program of the tests' the cluster, by the environment.
@@ -50,12 +47,8 @@ pub(crate) fn install(binary: &Path, kubeconfig: &Path, values: &[&str]) -> Resu
 /// When this program does not know its own path, or there is no kubectl.
 pub(crate) fn hand_over(cluster: &Cluster, name: &str, command: &mut Command) -> Result<()> {
     command.env("KUBECONFIG", cluster.kubeconfig()).env("CULVERT_KUBECTL", cluster.kubectl_program()?);
-    command.env("CULVERT_CLUSTER", name).env("CULVERT_XTASK", own_program()?);
+    command.env(cluster::VARIABLE, name).env("CULVERT_XTASK", cluster.xtask_program()?);
     Ok(())
-}
-
-fn own_program() -> Result<PathBuf> {
-    std::env::current_exe().context("looking for this program")
 }
 
 /// Shows the main job on a cluster of its own, with a program of the tests', and removes the cluster unless it is to be kept.
@@ -68,7 +61,8 @@ pub(crate) fn demo(keep: bool, remove: bool) -> Result<()> {
         return left.down();
     }
     let binary = launch::build(false)?;
-    // Of a run that was interrupted. One that was kept is begun anew as well: the demo begins with pods outside of the mesh.
+    let guard = Guard::new(&left)?;
+    // One that was kept is begun anew as well: the demo begins with pods outside of the mesh.
     left.down().context("removing what an earlier run left")?;
     let shown = up(DEMO, &binary, &[]).and_then(|cluster| {
         let mut command = cargo();
@@ -82,7 +76,7 @@ pub(crate) fn demo(keep: bool, remove: bool) -> Result<()> {
         run(&mut command)
     });
     if keep && shown.is_ok() {
-        return Ok(());
+        return guard.keep();
     }
-    shown.and(left.down())
+    shown.and(guard.remove())
 }

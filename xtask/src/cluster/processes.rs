@@ -70,10 +70,23 @@ fn await_ready(child: &mut Child, socket: &UnixDatagram) -> Result<()> {
 pub(super) fn running(namespaces: &[String]) -> Vec<Process> {
     let inode = |path: PathBuf| fs::metadata(path).ok().map(|metadata| metadata.ino());
     let wanted: Vec<u64> = namespaces.iter().filter_map(|name| inode(network::path(name))).collect();
-    let pids = fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let inside =
-        pids.filter(|pid: &i32| inode(format!("/proc/{pid}/ns/net").into()).is_some_and(|inode| wanted.contains(&inode)));
+    let inside = all().filter(|pid| inode(format!("/proc/{pid}/ns/net").into()).is_some_and(|inode| wanted.contains(&inode)));
     inside.filter_map(Process::look).collect()
+}
+
+/// The processes, but for this one, that were started with this variable.
+pub(super) fn with_variable(name: &str, value: &str) -> Vec<Process> {
+    let wanted = format!("{name}={value}");
+    let has = |pid: &i32| {
+        let variables = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        variables.split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes())
+    };
+    all().filter(|pid| *pid != std::process::id().cast_signed() && has(pid)).filter_map(Process::look).collect()
+}
+
+/// The numbers of all processes.
+fn all() -> impl Iterator<Item = i32> {
+    fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
 /// A process, as it was when somebody looked.
