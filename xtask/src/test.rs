@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, Guard};
 use crate::run::{cargo, run as run_program};
 use crate::setup::{self, Scope};
 use crate::{installed, launch, tidy, vm};
@@ -28,7 +28,7 @@ pub(crate) enum Suite {
     Node,
     /// Hostile bytes and operators' mistakes against a real agent and controller.
     Hostile,
-    /// A real Kubernetes cluster, which is made for it unless one is named; run by name only.
+    /// A real Kubernetes cluster, which is made for it unless one is named.
     Cluster,
     /// The eBPF suite on Debian's kernels 6.1 and 6.12 in virtual machines, and 5.10's refusal; by name only. Names of node tests work, too.
     Vm,
@@ -60,7 +60,7 @@ pub(crate) struct ClusterOptions {
 
 /// Runs one suite, or first the project's own rules and then all that are not run by name only.
 pub(crate) fn run(suite: Option<Suite>, filter: Option<&str>, options: &ClusterOptions) -> Result<()> {
-    let all = || vec![Suite::Unit, Suite::Ebpf, Suite::Node, Suite::Hostile];
+    let all = || vec![Suite::Unit, Suite::Ebpf, Suite::Node, Suite::Hostile, Suite::Cluster];
     let suites = suite.map_or_else(all, |suite| vec![suite]);
     if suite.is_none() {
         tidy::all()?;
@@ -121,22 +121,21 @@ fn one(suite: Suite, filter: Option<&str>) -> Result<()> {
 /// Installs Culvert on the cluster that is named, or on one of the tests' own, and runs the cluster tests there.
 fn cluster(filter: Option<&str>, options: &ClusterOptions) -> Result<()> {
     let binary = launch::build(false)?;
+    let tests = ["test", "--package", "culvert-tests", "--test", Suite::Cluster.target()];
+    // Before there is a cluster, which would run beside the compiler.
+    run_program(cargo().args(tests).arg("--no-run"))?;
     let mut command = cargo();
-    command.args(["test", "--package", "culvert-tests", "--test", Suite::Cluster.target()]).args(filter);
-    command.args(["--", "--test-threads=1"]).env("CULVERT_BIN", &binary);
+    command.args(tests).args(filter).args(["--", "--test-threads=1"]).env("CULVERT_BIN", &binary);
     if let Some(kubeconfig) = &options.kubeconfig {
         let kubeconfig = std::fs::canonicalize(kubeconfig).with_context(|| format!("looking for {}", kubeconfig.display()))?;
-        installed::install(&binary, &kubeconfig, VALUES)?;
+        run_program(&mut installed::installation(&binary, &kubeconfig, VALUES))?;
         return run_program(command.env("KUBECONFIG", kubeconfig));
     }
-    let cluster = Cluster::named(CLUSTER)?;
+    let guard = Guard::new(&Cluster::named(CLUSTER)?)?;
     let outcome = installed::up(CLUSTER, &binary, VALUES).and_then(|cluster| {
         installed::hand_over(&cluster, CLUSTER, &mut command)?;
         run_program(&mut command)
     });
-    if options.keep {
-        return outcome;
-    }
-    let removed = cluster.down();
-    outcome.and(removed)
+    let left = if options.keep { guard.keep() } else { guard.remove() };
+    outcome.and(left)
 }
