@@ -32,13 +32,13 @@ use crate::setup;
 
 pub(crate) use self::guard::{Guard, VARIABLE};
 
-/// The directory of Kubernetes' programs, built if they have not been, with what the control plane needs beside them installed.
+/// The directory of Kubernetes' programs for measuring, built if they have not been, with what the control plane needs beside them installed.
 ///
 /// # Errors
 /// What could not be installed or built.
 pub(crate) fn programs() -> Result<PathBuf> {
     setup::ensure(setup::Scope::Cluster)?;
-    kubernetes::programs()
+    kubernetes::programs(&Cluster::named("bench")?)
 }
 
 /// What to do with the cluster.

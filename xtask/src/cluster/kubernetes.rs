@@ -10,6 +10,8 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 
+use super::Cluster;
+use super::guard::VARIABLE;
 use crate::run::{cache, root, run};
 use crate::setup::{self, Scope};
 
@@ -35,8 +37,8 @@ const OUTGROWN: &str = "github.com/modern-go/reflect2";
 const LIBRARIES: &str = "/usr/share/gocode/src";
 const MAIN: &str = include_str!("../../../tests/cluster/kubernetes/main.go");
 
-/// The directory of the programs, which are built if they have not been.
-pub(super) fn programs() -> Result<PathBuf> {
+/// The directory of the programs, which are built, for this cluster, if they have not been.
+pub(super) fn programs(cluster: &Cluster) -> Result<PathBuf> {
     let cache = cache()?;
     fs::create_dir_all(&cache).with_context(|| format!("making {}", cache.display()))?;
     let mut hasher = DefaultHasher::new();
@@ -52,7 +54,7 @@ pub(super) fn programs() -> Result<PathBuf> {
             fs::remove_dir_all(&work).context("removing what an interrupted build left")?;
         }
         fs::create_dir_all(&work)?;
-        let output = build(&source(&work)?, &work)?;
+        let output = Build { cluster, tree: &source(&work)?, work: &work }.run()?;
         fs::rename(output, &built)?;
         remove(&work)?;
     }
@@ -80,28 +82,96 @@ fn source(work: &Path) -> Result<PathBuf> {
     Ok(tree)
 }
 
-/// Builds the binary, and gives the directory that it is in, with its names beside it.
-fn build(tree: &Path, work: &Path) -> Result<PathBuf> {
-    replace_outgrown(tree)?;
-    generate_openapi(tree, work)?;
-    let main = tree.join("cmd/culvert-cluster");
-    fs::create_dir_all(&main)?;
-    fs::write(main.join("main.go"), MAIN)?;
-    let mut flags = "-s -w".to_owned();
-    for package in ["component-base/version", "client-go/pkg/version"] {
-        for version in VERSION {
-            flags += &format!(" -X k8s.io/kubernetes/vendor/k8s.io/{package}.{version}");
+/// A build of the binary.
+struct Build<'a> {
+    cluster: &'a Cluster,
+    /// The sources.
+    tree: &'a Path,
+    /// Where all that is made goes.
+    work: &'a Path,
+}
+
+impl Build<'_> {
+    /// Builds the binary, and gives the directory that it is in, with its names beside it.
+    fn run(&self) -> Result<PathBuf> {
+        let Self { tree, work, .. } = self;
+        replace_outgrown(tree)?;
+        self.generate_openapi()?;
+        let main = tree.join("cmd/culvert-cluster");
+        fs::create_dir_all(&main)?;
+        fs::write(main.join("main.go"), MAIN)?;
+        let mut flags = "-s -w".to_owned();
+        for package in ["component-base/version", "client-go/pkg/version"] {
+            for version in VERSION {
+                flags += &format!(" -X k8s.io/kubernetes/vendor/k8s.io/{package}.{version}");
+            }
         }
+        let output = work.join("programs");
+        let binary = output.join(BINARY);
+        let mut command = self.go();
+        command.args(["build", "-trimpath", "-tags", TAGS, "-ldflags", &flags, "-o"]).arg(&binary).arg("./cmd/culvert-cluster");
+        run(&mut command)?;
+        for program in PROGRAMS {
+            std::os::unix::fs::symlink(BINARY, output.join(program))?;
+        }
+        Ok(output)
     }
-    let output = work.join("programs");
-    let binary = output.join(BINARY);
-    let mut command = go(tree, work);
-    command.args(["build", "-trimpath", "-tags", TAGS, "-ldflags", &flags, "-o"]).arg(&binary).arg("./cmd/culvert-cluster");
-    run(&mut command)?;
-    for program in PROGRAMS {
-        std::os::unix::fs::symlink(BINARY, output.join(program))?;
+
+    /// Makes the one generated file that the source package lacks.
+    fn generate_openapi(&self) -> Result<()> {
+        let Self { tree, work, .. } = self;
+        let file = "pkg/generated/openapi/zz_generated.openapi.go";
+        if tree.join(file).exists() {
+            return Ok(());
+        }
+        let generator = work.join("openapi-gen");
+        run(self.go().args(["build", "-o"]).arg(&generator).arg("./vendor/k8s.io/kube-openapi/cmd/openapi-gen"))?;
+        let mut packages = BTreeSet::new();
+        for (directory, name) in [("pkg", "pkg"), ("cmd", "cmd"), ("staging/src/k8s.io", "vendor/k8s.io")] {
+            packages_with_types(&tree.join(directory), &format!("k8s.io/kubernetes/{name}"), &mut packages)?;
+        }
+        ensure!(!packages.is_empty(), "no package of {} asks for OpenAPI definitions", tree.display());
+        let packages: Vec<String> = packages.into_iter().collect();
+        let made = work.join("openapi");
+        let mut command = Command::new(generator);
+        command.args([
+            "--logtostderr",
+            "--input-dirs",
+            &packages.join(","),
+            "--output-package",
+            "k8s.io/kubernetes/pkg/generated/openapi",
+        ]);
+        command.args([
+            "--output-file-base",
+            "zz_generated.openapi",
+            "--go-header-file",
+            "hack/boilerplate/boilerplate.generatego.txt",
+        ]);
+        command.arg("--report-filename").arg(work.join("openapi-violations")).arg("--output-base").arg(&made);
+        self.environment(&mut command);
+        ensure!(command.output().context("starting openapi-gen")?.status.success(), "openapi-gen failed");
+        fs::copy(made.join("k8s.io/kubernetes").join(file), tree.join(file)).context("the generated OpenAPI definitions")?;
+        Ok(())
     }
-    Ok(output)
+
+    fn go(&self) -> Command {
+        let mut command = Command::new("nice");
+        command.args(["-n", "19", GO]);
+        self.environment(&mut command);
+        command
+    }
+
+    fn environment(&self, command: &mut Command) {
+        let Self { cluster, tree, work } = self;
+        command.current_dir(tree).env("PWD", tree).env("GOPATH", work.join("gopath")).env("GOCACHE", work.join("gocache"));
+        command.env("GO111MODULE", "off").env("GOPROXY", "off").env("GOFLAGS", "").env("CGO_ENABLED", "0");
+        command.env(
+            "PATH",
+            format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", Path::new(GO).parent().unwrap_or(root().as_path()).display()),
+        );
+        // A build ends with the user of the cluster that it is for: what is left of it would be in the way of the next.
+        command.env(VARIABLE, &cluster.name);
+    }
 }
 
 /// Puts the distribution's package of a library in the place of the one that came with the sources.
@@ -116,42 +186,6 @@ fn replace_outgrown(tree: &Path) -> Result<()> {
             fs::copy(entry.path(), place.join(name))?;
         }
     }
-    Ok(())
-}
-
-/// Makes the one generated file that the source package lacks.
-fn generate_openapi(tree: &Path, work: &Path) -> Result<()> {
-    let file = "pkg/generated/openapi/zz_generated.openapi.go";
-    if tree.join(file).exists() {
-        return Ok(());
-    }
-    let generator = work.join("openapi-gen");
-    run(go(tree, work).args(["build", "-o"]).arg(&generator).arg("./vendor/k8s.io/kube-openapi/cmd/openapi-gen"))?;
-    let mut packages = BTreeSet::new();
-    for (directory, name) in [("pkg", "pkg"), ("cmd", "cmd"), ("staging/src/k8s.io", "vendor/k8s.io")] {
-        packages_with_types(&tree.join(directory), &format!("k8s.io/kubernetes/{name}"), &mut packages)?;
-    }
-    ensure!(!packages.is_empty(), "no package of {} asks for OpenAPI definitions", tree.display());
-    let packages: Vec<String> = packages.into_iter().collect();
-    let made = work.join("openapi");
-    let mut command = Command::new(generator);
-    command.args([
-        "--logtostderr",
-        "--input-dirs",
-        &packages.join(","),
-        "--output-package",
-        "k8s.io/kubernetes/pkg/generated/openapi",
-    ]);
-    command.args([
-        "--output-file-base",
-        "zz_generated.openapi",
-        "--go-header-file",
-        "hack/boilerplate/boilerplate.generatego.txt",
-    ]);
-    command.arg("--report-filename").arg(work.join("openapi-violations")).arg("--output-base").arg(&made);
-    environment(&mut command, tree, work);
-    ensure!(command.output().context("starting openapi-gen")?.status.success(), "openapi-gen failed");
-    fs::copy(made.join("k8s.io/kubernetes").join(file), tree.join(file)).context("the generated OpenAPI definitions")?;
     Ok(())
 }
 
@@ -170,20 +204,6 @@ fn packages_with_types(directory: &Path, name: &str, packages: &mut BTreeSet<Str
         }
     }
     Ok(())
-}
-
-fn go(tree: &Path, work: &Path) -> Command {
-    let mut command = Command::new("nice");
-    command.args(["-n", "19", GO]);
-    environment(&mut command, tree, work);
-    command
-}
-
-fn environment(command: &mut Command, tree: &Path, work: &Path) {
-    command.current_dir(tree).env("PWD", tree).env("GOPATH", work.join("gopath")).env("GOCACHE", work.join("gocache"));
-    command.env("GO111MODULE", "off").env("GOPROXY", "off").env("GOFLAGS", "").env("CGO_ENABLED", "0");
-    command
-        .env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", Path::new(GO).parent().unwrap_or(root().as_path()).display()));
 }
 
 fn remove(work: &Path) -> Result<()> {

@@ -16,7 +16,7 @@ use crate::setup::{self, Scope};
 /// Makes the cluster, and waits until each node is ready.
 pub(super) fn up(cluster: &Cluster, up: &Up) -> Result<()> {
     setup::ensure(Scope::Cluster)?;
-    let programs = kubernetes::programs()?;
+    let programs = kubernetes::programs(cluster)?;
     // In memory: etcd and containerd ask for each write to be on the disk, and nothing here shall survive the machine.
     mount(Some("tmpfs"), &cluster.dir(), Some("tmpfs"), MsFlags::empty(), Some("mode=755"))
         .context("mounting the cluster's directory")?;
