@@ -43,7 +43,7 @@ impl Guard {
         // The program that runs, whatever a build has put in its place.
         let mut command = Command::new("/proc/self/exe");
         command.arg0("xtask").args(["cluster", "--name", &cluster.name, "guard"]);
-        // Out of reach of the terminal's interrupt. The lock is the child's as well: it is free when both have ended.
+        // Out of reach of the terminal's interrupt. Its output is the lock, which is free when it has ended.
         command.stdin(Stdio::piped()).stdout(lock).process_group(0);
         let child = command.spawn().context("starting the cluster's guard")?;
         let guard = Self { cluster: cluster.clone(), child: Some(child) };

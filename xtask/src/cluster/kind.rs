@@ -48,7 +48,10 @@ pub(super) fn up(cluster: &Cluster, up: &Up) -> Result<()> {
 
 /// Removes the cluster.
 pub(super) fn down(cluster: &Cluster) -> Result<()> {
-    run(&mut kind(cluster, "delete"))
+    // Without a word: who wanted the cluster may have gone, and the place where it would be said with him.
+    let output = kind(cluster, "delete").output().context("starting kind")?;
+    ensure!(output.status.success(), "kind: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(())
 }
 
 /// Imports docker-archive tars on each node.
