@@ -11,6 +11,8 @@ use crate::stage::{Stage, check};
 fn without_a_controller_pods_go_on_new_ones_stay_closed_and_are_served_when_it_is_back() {
     let cluster = Cluster;
     let stage = Stage::new("no-controller");
+    let plain = cluster.namespace("no-controller-plain", &[]);
+    let open = format!("{}:8080", cluster.pods(&[PodSpec::new(plain.name(), "server", &stage.nodes[1])])[0]);
     let scale = |replicas: &str| {
         let replicas = format!("--replicas={replicas}");
         cluster.kubectl(&["--namespace", CULVERT, "scale", "deployment/culvert-controller", &replicas]);
@@ -22,12 +24,18 @@ fn without_a_controller_pods_go_on_new_ones_stay_closed_and_are_served_when_it_i
         pods.iter().all(|pod| pod["metadata"]["labels"]["app.kubernetes.io/name"] != "culvert-controller")
     });
     cluster.pods(&[PodSpec::new(stage.namespace.name(), "early", &stage.nodes[0])]);
-    let early = || cluster.converse(stage.namespace.name(), "early", &stage.server, &stage.marker);
-    assert_eq!(early(), Err(Refusal("ConnectionRefused".to_owned())), "a pod that nobody knows is let out");
+    let early = |server: &str, say: &str| cluster.converse(stage.namespace.name(), "early", server, say);
+    let refused = Err(Refusal("ConnectionRefused".to_owned()));
+    // The one would refuse what is in the clear itself, the other takes it.
+    for server in [&stage.server, &open] {
+        assert_eq!(early(server, &stage.marker), refused, "a pod that nobody knows is let out");
+    }
     stage.check_traffic(5);
     scale("2");
     cluster.wait_rollout(CULVERT, "deployment/culvert-controller");
-    eventually_within(Duration::from_secs(40), "the pod that waited is served", || early().is_ok());
+    eventually_within(Duration::from_secs(40), "the pod that waited is served", || {
+        early(&stage.server, &stage.marker).is_ok() && early(&open, "to somebody outside of the mesh").is_ok()
+    });
     stage.check_new_pod("late", 0);
     stage.check_traffic(2);
 }
