@@ -20,21 +20,25 @@ fn two_hundred_pods_come_talk_and_go_under_traffic_that_does_not_fail_once() {
     let arguments = ["connect", &server, "--say", "said-in-passing", "--retry-for", "60"];
     for round in 0..ROUNDS {
         let names: Vec<String> = (0..PODS).map(|number| format!("passer-{round}-{number}")).collect();
+        let round = round.to_string();
         let pods = names.iter().enumerate().map(|(number, name)| {
             let mut pod = PodSpec::new(namespace.name(), name, &nodes[number % 2]);
             pod.arguments = &arguments;
-            pod.labels = &[("kind", "passer")];
+            let labels = [("round", round.as_str())];
+            pod.labels = &labels;
             pod.more = json!({"restartPolicy": "Never"});
             pod.object()
         });
         cluster.apply(&json!({"apiVersion": "v1", "kind": "List", "items": pods.collect::<Vec<_>>()}));
         cluster.wait_for("all have been served", namespace.name(), "pods", |pods| {
-            let passers = pods.iter().filter(|pod| pod["metadata"]["labels"]["kind"] == "passer");
+            let passers = pods.iter().filter(|pod| pod["metadata"]["labels"]["round"] == round.as_str());
             let phases: Vec<_> = passers.map(|pod| pod["status"]["phase"].as_str().unwrap_or_default().to_owned()).collect();
             assert!(!phases.contains(&"Failed".to_owned()), "a pod was not served");
             phases.iter().filter(|phase| *phase == "Succeeded").count() == PODS
         });
-        cluster.kubectl(&["--namespace", namespace.name(), "delete", "pods", "--selector=kind=passer", "--wait=true"]);
+        // They go while the next ones come.
+        let selector = format!("--selector=round={round}");
+        cluster.kubectl(&["--namespace", namespace.name(), "delete", "pods", &selector, "--wait=false"]);
     }
     let seconds = cluster.traffic(namespace.name(), "traffic");
     assert!(seconds.iter().all(|second| second.failed == 0 && second.kept_failure.is_none()), "{seconds:#?}");
