@@ -4,6 +4,7 @@
 //! the field and the value. Nothing is guessed: a value that is not understood refuses the resource.
 
 mod extensions;
+mod stand_in;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -20,6 +21,8 @@ use crate::model::{
 };
 use crate::proto::discovery::Resource;
 use crate::proto::{culvert, security, workload};
+
+pub(super) use self::stand_in::stand_in;
 
 /// The name of the one resource of mesh-wide settings.
 const MESH_NAME: &str = "mesh";
@@ -87,6 +90,9 @@ pub enum Fault {
     /// It is no key.
     #[error("`{0}` is not of the form namespace/name")]
     Key(String),
+    /// A policy may say less than what is understood of it.
+    #[error("it has {0} additions that this version does not know, and may mean less than the rest of it says")]
+    Extensions(usize),
     /// It is no part of an identity.
     #[error(transparent)]
     Identity(#[from] SpiffeIdError),
@@ -328,6 +334,7 @@ impl At<'_> {
         if message.name.is_empty() {
             return Err(self.fault("name", Fault::Missing));
         }
+        self.no_extensions("extensions", &message.extensions)?;
         let rules = message.rules.iter().enumerate().map(|(rule_at, rule)| {
             let clauses = rule.clauses.iter().enumerate().map(|(clause_at, clause)| {
                 let matches = clause.matches.iter().enumerate().map(|(match_at, one)| {
@@ -355,7 +362,13 @@ impl At<'_> {
         })
     }
 
+    /// What is not understood may say that less is matched.
+    fn no_extensions(&self, field: &str, extensions: &[Vec<u8>]) -> Result<(), DecodeError> {
+        if extensions.is_empty() { Ok(()) } else { Err(self.fault(field, Fault::Extensions(extensions.len()))) }
+    }
+
     fn one_match(&self, path: &str, message: &security::Match) -> Result<Match, DecodeError> {
+        self.no_extensions(&format!("{path}.extensions"), &message.extensions)?;
         Ok(Match {
             namespaces: self.texts(path, "namespaces", &message.namespaces)?,
             not_namespaces: self.texts(path, "not_namespaces", &message.not_namespaces)?,

@@ -1,20 +1,21 @@
 //! What the controller has told so far, and the snapshot that it makes.
 //!
 //! Enters: responses of the discovery stream, one at a time. Leaves: after each, one new [`Snapshot`]; what was refused in it; and
-//! which addresses it answers. A resource that is refused leaves what was held under its name as it was.
+//! which addresses it answers. A resource that is refused leaves what was held under its name as it was; a policy under whose name
+//! nothing was is the strictest that it may have meant.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use tracing::debug;
+use tracing::{debug, warn};
 
-use super::decode::{self, DecodeError, Decoded};
+use super::decode::{self, DecodeError, Decoded, quote};
 use super::questions::address_in;
 use super::shared::Shared;
 use crate::model::snapshot::Edit;
-use crate::model::{Snapshot, TrustDomain, Workload};
+use crate::model::{Action, Snapshot, TrustDomain, Workload};
 use crate::proto::discovery::{DeltaDiscoveryResponse, Resource};
 use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE, packed};
 
@@ -87,9 +88,13 @@ enum Version {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Object {
     Mesh,
-    Workload { implicit_domain: bool },
+    Workload {
+        implicit_domain: bool,
+    },
     Service,
     Policy,
+    /// In the place of a policy that makes no sense and never did.
+    StandIn,
 }
 
 impl Kind {
@@ -233,7 +238,12 @@ impl Mirror {
                     }
                     self.take(kind, resource, decoded, &mut edit);
                 }
-                Err(error) => applied.refused.push(error),
+                Err(error) => {
+                    if kind == Kind::Authorization {
+                        self.close_for(resource, &mut edit);
+                    }
+                    applied.refused.push(error);
+                }
             }
         }
         let partial = response.system_version_info == PARTIAL;
@@ -339,6 +349,28 @@ impl Mirror {
         }
     }
 
+    /// What a policy may have closed that makes no sense is closed until it does, unless it did before.
+    fn close_for(&mut self, resource: &Resource, edit: &mut Edit) {
+        let held = self.held.entry(Kind::Authorization).or_default();
+        if held.get(&*resource.name).is_some_and(|held| held.object != Object::StandIn) {
+            return;
+        }
+        let stand_in = decode::stand_in(resource);
+        let effect = stand_in.as_ref().map_or("none", |policy| match policy.action {
+            Action::Allow => "it allows nobody",
+            Action::Deny | Action::Audit => "it denies everything",
+        });
+        warn!(
+            policy = quote(&resource.name),
+            effect, "a policy makes no sense and never did: it counts as the strictest that it may mean"
+        );
+        let Some(policy) = stand_in else { return };
+        let name = Arc::from(&*resource.name);
+        // Without a version the controller sends it again to whoever says that it holds this.
+        held.insert(name, Held { version: "".into(), object: Object::StandIn, bytes: 0 });
+        edit.upsert_policy(policy);
+    }
+
     fn take_mesh(&mut self, mesh: decode::Mesh, edit: &mut Edit) {
         for (_, workload) in self.parked.drain() {
             edit.upsert_workload(in_domain(*workload, &mesh.trust_domain, &mut self.shared));
@@ -373,7 +405,7 @@ impl Mirror {
                 edit.remove_workload(name);
             }
             Object::Service => edit.remove_service(name),
-            Object::Policy => edit.remove_policy(name),
+            Object::Policy | Object::StandIn => edit.remove_policy(name),
         }
     }
 

@@ -137,6 +137,7 @@ pub(super) fn authorization(policy: &Authorization) -> Resource {
         .into(),
         rules: policy.rules.iter().map(rule).collect(),
         dry_run: policy.dry_run,
+        extensions: Vec::new(),
     };
     finish(policy.key(), &[], wire.encode_to_vec())
 }
@@ -187,6 +188,7 @@ fn conditions(from: &model::Match) -> security::Match {
         not_destination_ports: ports(&from.not_destination_ports),
         service_accounts: accounts(&from.service_accounts),
         not_service_accounts: accounts(&from.not_service_accounts),
+        extensions: Vec::new(),
     }
 }
 

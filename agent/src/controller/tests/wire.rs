@@ -304,6 +304,7 @@ fn every_condition_of_an_authorization_has_its_published_number() {
         not_destination_ports: vec![10],
         service_accounts: account("11"),
         not_service_accounts: account("12"),
+        extensions: vec![vec![10, 2, b'1', b'3']],
     };
     let expected = r#"
         1
@@ -334,8 +335,10 @@ fn every_condition_of_an_authorization_has_its_published_number() {
         12
         12.1: "n"
         12.2: "12"
+        13
+        13.1: "13"
     "#;
-    check(&condition.encode_to_vec(), &["1", "2", "3", "4", "5", "6", "7", "8", "11", "12"], expected);
+    check(&condition.encode_to_vec(), &["1", "2", "3", "4", "5", "6", "7", "8", "11", "12", "13"], expected);
     assert_eq!([security::Action::Allow, security::Action::Deny].map(i32::from), [0, 1]);
     assert_eq!(
         [security::Scope::Global, security::Scope::Namespace, security::Scope::WorkloadSelector].map(i32::from),

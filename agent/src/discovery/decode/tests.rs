@@ -202,6 +202,7 @@ fn each_bad_field_of_a_policy_is_named() {
     check("destination_ips[0]", &|condition| condition.destination_ips = block(&[0; 16], 129));
     check("not_destination_ips[0]", &|condition| condition.not_destination_ips = block(&[0; 5], 1));
     check("destination_ports[0]", &|condition| condition.destination_ports = vec![0]);
+    check("extensions", &|condition| condition.extensions = vec![vec![]]);
     let spoiled = security::Authorization { action: 8, ..policy_with(security::Match::default()) };
     assert_eq!(authorization(&policy_resource(spoiled), AUTHORIZATION_TYPE).expect_err("no action").field, "action");
     let spoiled = security::Authorization { scope: 8, ..policy_with(security::Match::default()) };
@@ -264,5 +265,6 @@ fn policy_with(condition: security::Match) -> security::Authorization {
         action: security::Action::Audit as i32,
         rules: vec![security::Rule { clauses: vec![security::Clause { matches: vec![condition] }] }],
         dry_run: true,
+        extensions: Vec::new(),
     }
 }

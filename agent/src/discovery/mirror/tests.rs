@@ -66,6 +66,48 @@ fn a_bad_resource_leaves_the_last_good_one_and_the_rest_of_its_response_counts()
 }
 
 #[test]
+fn a_policy_that_never_made_sense_closes_what_it_may_close_until_it_does() {
+    use crate::model::{Action, Scope};
+    use crate::proto::security::{Action as Does, Authorization as Message, Scope as Where};
+
+    let policy = |action: i32, scope: i32, spoilt: bool, version: &str| {
+        let extensions = if spoilt { vec![vec![10, 1, b'x']] } else { vec![] };
+        let (name, namespace) = ("rule".to_owned(), "shop".to_owned());
+        let message = Message { name, namespace, action, scope, extensions, ..Message::default() };
+        Resource { version: version.to_owned(), ..policy_resource(message) }
+    };
+    let (deny, allow, audit) = (Does::Deny as i32, Does::Allow as i32, Does::Audit as i32);
+    for (action, scope, wanted) in [
+        (deny, Where::Namespace as i32, Some((Action::Deny, Scope::Namespace, 1))),
+        (allow, Where::WorkloadSelector as i32, Some((Action::Allow, Scope::WorkloadSelector, 0))),
+        (77, 77, Some((Action::Deny, Scope::Global, 1))),
+        (audit, Where::Global as i32, None),
+    ] {
+        let mut mirror = mirror();
+        apply(&mut mirror, Kind::Mesh, vec![mesh_resource("td", &[])], &[]);
+        let shown =
+            |mirror: &Mirror| mirror.snapshot().policies().next().map(|policy| (policy.action, policy.scope, policy.rules.len()));
+        let applied = apply(&mut mirror, Kind::Authorization, vec![policy(action, scope, true, "1")], &[]);
+        assert_eq!((applied.refused.len(), shown(&mirror)), (1, wanted));
+        assert_eq!(mirror.versions(Kind::Authorization).get("shop/rule").map(String::as_str), wanted.map(|_| ""));
+        // It is told again, and another way of being wrong; then it makes sense, and what makes none after that changes nothing.
+        apply(&mut mirror, Kind::Authorization, vec![policy(deny, 0, true, "2")], &[]);
+        assert_eq!(shown(&mirror), Some((Action::Deny, Scope::Global, 1)));
+        apply(&mut mirror, Kind::Authorization, vec![policy(allow, 1, false, "3")], &[]);
+        apply(&mut mirror, Kind::Authorization, vec![policy(deny, 0, true, "4")], &[]);
+        assert_eq!(shown(&mirror), Some((Action::Allow, Scope::Namespace, 0)));
+        assert_eq!(mirror.versions(Kind::Authorization).get("shop/rule").map(String::as_str), Some("3"));
+        apply(&mut mirror, Kind::Authorization, vec![], &["shop/rule"]);
+        assert_eq!(shown(&mirror), None);
+    }
+    let mut mirror = mirror();
+    let unreadable = Resource { resource: None, ..policy(allow, 0, false, "1") };
+    apply(&mut mirror, Kind::Authorization, vec![unreadable, Resource { name: "noname".to_owned(), ..Resource::default() }], &[]);
+    assert_eq!(mirror.snapshot().policies().map(|policy| policy.action).collect::<Vec<_>>(), [Action::Deny]);
+    assert_eq!(mirror.size(), 1);
+}
+
+#[test]
 fn versions_are_told_as_they_came() {
     let digest = "00112233445566778899aabbccddeeff";
     for text in [digest, &digest.to_uppercase(), &digest[1..], "+0112233445566778899aabbccddeeff", "7", "", "2024-01-01/7"] {
