@@ -3,12 +3,15 @@
 
 use std::io::ErrorKind;
 use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use harness::{Mesh, MeshSpec, Pod, PodSpec, app, eventually, mesh};
 use nix::sys::signal::Signal;
 
 const PORT: u16 = 8080;
+const SOON: Duration = Duration::from_secs(5);
 const SERVER: PodSpec<'static> = PodSpec { name: "server", namespace: "shop", node: 1, enrolled: true };
 const CLIENT: PodSpec<'static> = PodSpec { name: "client", namespace: "shop", node: 0, enrolled: true };
 
@@ -100,6 +103,41 @@ fn an_agent_that_is_killed_leaves_its_pods_closed_and_its_successor_opens_them()
     mesh.start_agent(1);
     eventually("the successor serves", || reached(&client, &server));
     assert!(!reached(&outsider, &server));
+}
+
+#[test]
+fn an_agent_takes_over_from_one_of_another_layout_and_opens_nothing_meanwhile() {
+    let mut mesh = Mesh::start();
+    mesh.mode("shop", "STRICT");
+    let (client, server) = app::pair(&mut mesh, PORT);
+    let outsider = mesh.pod(PodSpec { name: "outsider", namespace: "shop", node: 0, enrolled: false });
+    for node in [0, 1] {
+        mesh.kill_agent(node);
+        let pins = mesh.pin_dir(node);
+        std::fs::rename(&pins, pins.with_file_name("v1")).expect("another layout");
+    }
+    closed(&mesh, &client, &server);
+    let mut watch = mesh.capture_between_nodes();
+    let (stop, to) = (Arc::new(AtomicBool::new(false)), server.at(false, PORT));
+    let stopped = Arc::clone(&stop);
+    let tries = client.netns.spawn(move || {
+        while !stopped.load(Ordering::Relaxed) {
+            let _refused_at_first =
+                TcpStream::connect_timeout(&to, SOON).and_then(|stream| app::converse_over(stream, "marker-meanwhile"));
+        }
+    });
+    (0..2).for_each(|node| mesh.start_agent(node));
+    eventually("the successors serve", || reached(&client, &server));
+    stop.store(true, Ordering::Relaxed);
+    tries.join().expect("no panic");
+    watch.finish();
+    let in_the_clear = watch.segments().iter().any(|(_, to)| to.port() == PORT);
+    assert!(!in_the_clear && !watch.shows(b"marker-meanwhile"), "something left in the clear");
+    assert!(!reached(&outsider, &server), "plaintext gets in");
+    for node in [0, 1] {
+        assert!(mesh.pin_dir(node).is_dir() && !mesh.pin_dir(node).with_file_name("v1").exists());
+    }
+    assert!(mesh.log("agent-a").contains("taken over from an agent of another version"));
 }
 
 #[test]

@@ -106,6 +106,7 @@ pub(super) fn load(config: &LoadConfig) -> Result<Loaded, CaptureError> {
     let claimed_id = MapInfo::from_pin(pins.join(others::CLAIMED)).map(|map| map.id());
     let claimed_id = claimed_id.map_err(|source| CaptureError::Map { map: others::CLAIMED, source })?;
     initialise(&maps, &own, cgroup.dedicated)?;
+    succeed_other_layouts(&maps, &pins).map_err(|source| CaptureError::Pins { path: pins.clone(), source })?;
     for name in CGROUP_PROGRAMS {
         attach(&mut ebpf, name, &cgroup.directory, &pins)?;
     }
@@ -155,6 +156,28 @@ fn prepare_pins(directory: &Path) -> io::Result<PathBuf> {
     let pins = bpffs::prepare(directory)?.join(format!("v{LAYOUT}"));
     fs::create_dir_all(pins.join(PODS))?;
     Ok(pins)
+}
+
+/// Takes over what an agent of another layout has left attached: two layouts beside each other would each take the other's connections for
+/// strangers'. Its links get this layout's names, under which they are replaced as any predecessor's; its pods are closed until they are
+/// enrolled anew; its maps go.
+fn succeed_other_layouts(maps: &Maps, pins: &Path) -> io::Result<()> {
+    let layouts = fs::read_dir(pins.parent().unwrap_or(pins))?.collect::<Result<Vec<_>, _>>()?;
+    // The root of a bpffs has files of the kernel's own.
+    for layout in layouts.into_iter().map(|entry| entry.path()).filter(|layout| layout != pins && layout.join(PODS).is_dir()) {
+        for pod in fs::read_dir(layout.join(PODS)).into_iter().flatten().flatten() {
+            if let Some(cookie) = pod.file_name().to_str().and_then(|name| name.parse().ok()) {
+                maps.close_unknown_namespace(cookie).map_err(io::Error::other)?;
+            }
+            fs::rename(pod.path(), pins.join(PODS).join(pod.file_name()))?;
+        }
+        for name in CGROUP_PROGRAMS.iter().chain(&NODE_PROGRAMS) {
+            unless_missing(fs::rename(layout.join(name), pins.join(name)))?;
+        }
+        fs::remove_dir_all(&layout)?;
+        tracing::info!(layout = %layout.display(), "taken over from an agent of another version");
+    }
+    Ok(())
 }
 
 /// Has the kubelet's connections known, where there is one.
