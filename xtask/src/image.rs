@@ -59,7 +59,8 @@ impl ImageArgs {
 }
 
 impl Arch {
-    fn host() -> Result<Self> {
+    /// This machine's.
+    pub(crate) fn host() -> Result<Self> {
         match std::env::consts::ARCH {
             "x86_64" => Ok(Self::Amd64),
             "aarch64" => Ok(Self::Arm64),
@@ -68,7 +69,7 @@ impl Arch {
     }
 
     /// As images call it.
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Amd64 => "amd64",
             Self::Arm64 => "arm64",

@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
+use crate::image::Arch;
 use crate::run::{cargo, root, run};
 
 /// The sandboxes' image.
@@ -77,7 +78,7 @@ fn archive(work: &Path, name: &str, entrypoint: &[&str], output: &Path) -> Resul
     let digest = String::from_utf8(digest.stdout)?;
     let digest = digest.split(' ').next().unwrap_or_default();
     let config = json!({
-        "architecture": "amd64",
+        "architecture": Arch::host()?.name(),
         "os": "linux",
         "config": {"Entrypoint": entrypoint, "Env": ["PATH=/bin"]},
         "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
