@@ -66,7 +66,11 @@ impl Enroller {
 
     pub(super) fn take_foreign(&mut self, inode: u64, fresh: bool, result: Result<Option<Opened>, SetupError>) {
         if self.names.values().any(|ours| *ours == inode) {
-            self.foreign.remove(&inode);
+            // It has got its name meanwhile. Who opens it by that has to know that it was closed just now, and by no predecessor: a pod
+            // that has just started is one whose object may be to come.
+            if !fresh {
+                self.foreign.remove(&inode);
+            }
             return;
         }
         match result {
