@@ -4,18 +4,20 @@
 //! which addresses it answers. A resource that is refused leaves what was held under its name as it was; a policy under whose name
 //! nothing was is the strictest that it may have meant.
 
+mod stand_in;
+
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use tracing::{debug, warn};
+use tracing::debug;
 
-use super::decode::{self, DecodeError, Decoded, quote};
+use super::decode::{self, DecodeError, Decoded};
 use super::questions::address_in;
 use super::shared::Shared;
 use crate::model::snapshot::Edit;
-use crate::model::{Action, Snapshot, TrustDomain, Workload};
+use crate::model::{Snapshot, TrustDomain, Workload};
 use crate::proto::discovery::{DeltaDiscoveryResponse, Resource};
 use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE, packed};
 
@@ -347,28 +349,6 @@ impl Mirror {
             Decoded::Service(service) => edit.upsert_service(service),
             Decoded::Policy(policy) => edit.upsert_policy(policy),
         }
-    }
-
-    /// What a policy may have closed that makes no sense is closed until it does, unless it did before.
-    fn close_for(&mut self, resource: &Resource, edit: &mut Edit) {
-        let held = self.held.entry(Kind::Authorization).or_default();
-        if held.get(&*resource.name).is_some_and(|held| held.object != Object::StandIn) {
-            return;
-        }
-        let stand_in = decode::stand_in(resource);
-        let effect = stand_in.as_ref().map_or("none", |policy| match policy.action {
-            Action::Allow => "it allows nobody",
-            Action::Deny | Action::Audit => "it denies everything",
-        });
-        warn!(
-            policy = quote(&resource.name),
-            effect, "a policy makes no sense and never did: it counts as the strictest that it may mean"
-        );
-        let Some(policy) = stand_in else { return };
-        let name = Arc::from(&*resource.name);
-        // Without a version the controller sends it again to whoever says that it holds this.
-        held.insert(name, Held { version: "".into(), object: Object::StandIn, bytes: 0 });
-        edit.upsert_policy(policy);
     }
 
     fn take_mesh(&mut self, mesh: decode::Mesh, edit: &mut Edit) {
