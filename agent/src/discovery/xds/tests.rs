@@ -87,11 +87,7 @@ async fn after_a_reconnect_the_client_tells_what_it_holds_and_keeps_it_meanwhile
 #[tokio::test]
 async fn a_client_that_starts_again_tells_what_its_predecessor_held_and_acts_on_it_when_that_is_confirmed() {
     let mut plane = ControlPlane::start().await;
-    let handle = plane.client();
-    drop(plane.synced_stream(&handle).await);
-    drop(handle);
-    plane.kept(&uid("a")).await;
-    let handle = plane.client();
+    let handle = plane.restarted_client().await;
     let mut stream = plane.stream().await;
     let told = [("mesh", Kind::Mesh), (&uid("a"), Kind::Address)];
     for kind in Kind::ALL {
@@ -114,11 +110,7 @@ async fn a_client_that_starts_again_tells_what_its_predecessor_held_and_acts_on_
 #[tokio::test]
 async fn what_was_kept_is_forgotten_where_another_control_plane_answers() {
     let mut plane = ControlPlane::start().await;
-    let handle = plane.client();
-    drop(plane.synced_stream(&handle).await);
-    drop(handle);
-    plane.kept(&uid("a")).await;
-    let handle = plane.client();
+    let handle = plane.restarted_client().await;
     let stream = plane.stream().await;
     // It has no mesh settings, and says nothing of what it does not know.
     stream.send(AUTHORIZATION_TYPE, vec![], &[]).await;
@@ -276,6 +268,15 @@ impl ControlPlane {
             state_dir: self.server.directory.path().join("state"),
             received: XdsReceived::default(),
         })
+    }
+
+    /// A client whose predecessor has kept what it held.
+    async fn restarted_client(&mut self) -> DiscoveryHandle {
+        let predecessor = self.client();
+        drop(self.synced_stream(&predecessor).await);
+        drop(predecessor);
+        self.kept(&uid("a")).await;
+        self.client()
     }
 
     /// Waits until what is kept names this resource.

@@ -43,6 +43,21 @@ async fn stream(dialler: Idle, acceptor: Idle) -> (Box<SingleStream>, Box<Single
     (opened.unwrap(), accepted)
 }
 
+/// A tunnel in which a stream, of which these were the first bytes, has just been refused.
+async fn refused(first: &[u8]) -> (Idle, Idle) {
+    let (dialler, acceptor) = tunnel().await;
+    let refuse = async {
+        let (_, mut stream) = acceptor.next(pending()).await.unwrap().unwrap();
+        stream.sink.answer(Some(CloseReason::PolicyDenied)).await.unwrap();
+        stream.refuse().expect("nothing out of turn")
+    };
+    let wish = wish();
+    let (opened, acceptor) = tokio::join!(dialler.open(&wish, first), refuse);
+    let Err(Unopened::Refused(reason, dialler)) = opened else { panic!("{opened:?}") };
+    assert_eq!(reason, CloseReason::PolicyDenied);
+    (dialler, acceptor)
+}
+
 async fn read_to_end(source: &mut SingleSource) -> Vec<u8> {
     let mut seen = Vec::new();
     while let Some(chunk) = chunk(source).await.unwrap() {
@@ -74,16 +89,7 @@ async fn a_tunnel_carries_streams_one_after_the_other() {
 
 #[tokio::test]
 async fn a_refusal_names_its_reason_and_keeps_the_tunnel() {
-    let (dialler, acceptor) = tunnel().await;
-    let refuse = async {
-        let (_, mut stream) = acceptor.next(pending()).await.unwrap().unwrap();
-        stream.sink.answer(Some(CloseReason::PolicyDenied)).await.unwrap();
-        stream.refuse().expect("nothing out of turn")
-    };
-    let wish = wish();
-    let (opened, acceptor) = tokio::join!(dialler.open(&wish, &[]), refuse);
-    let Err(Unopened::Refused(reason, dialler)) = opened else { panic!("{opened:?}") };
-    assert_eq!(reason, CloseReason::PolicyDenied);
+    let (dialler, acceptor) = refused(b"").await;
     stream(dialler, acceptor).await;
 }
 
@@ -129,15 +135,7 @@ async fn first_bytes_go_along_with_the_question_and_are_not_sent_twice() {
 
 #[tokio::test]
 async fn a_refusal_forgets_the_first_bytes_and_keeps_the_tunnel() {
-    let (dialler, acceptor) = tunnel().await;
-    let refuse = async {
-        let (_, mut stream) = acceptor.next(pending()).await.unwrap().unwrap();
-        stream.sink.answer(Some(CloseReason::PolicyDenied)).await.unwrap();
-        stream.refuse().expect("nothing out of turn")
-    };
-    let wish = wish();
-    let (opened, acceptor) = tokio::join!(dialler.open(&wish, b"of the refused"), refuse);
-    let Err(Unopened::Refused(CloseReason::PolicyDenied, dialler)) = opened else { panic!("{opened:?}") };
+    let (dialler, acceptor) = refused(b"of the refused").await;
     let (mut near, mut far) = stream(dialler, acceptor).await;
     write(&mut near.sink, b"of the next").await;
     assert_eq!(chunk(&mut far.source).await.unwrap().unwrap(), b"of the next");
