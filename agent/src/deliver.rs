@@ -1,6 +1,6 @@
 //! The last stretch: connections that the agent opens itself, from inside a pod's network namespace.
 //!
-//! Enters: a fresh socket made in the pod's namespace, and where to. Leaves: a connected stream. [`connect`] reaches the pod's
+//! Enters: a fresh non-blocking socket made in the pod's namespace, and where to. Leaves: a connected stream. [`connect`] reaches the pod's
 //! own application on behalf of a client, whose address the application sees; [`passthrough`] reaches, on behalf of the pod, a
 //! destination that takes no tunnels.
 
@@ -79,7 +79,6 @@ async fn connect_socket(socket: Socket, destination: SocketAddr) -> Result<TcpSt
 
 /// Sends the SYN. What is known at once is the error of the call; the rest shows up in the stream.
 fn start_connect(socket: Socket, destination: SocketAddr) -> io::Result<TcpStream> {
-    socket.set_nonblocking(true)?;
     socket.set_tcp_nodelay(true)?;
     match socket.connect(&destination.into()) {
         Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
