@@ -208,7 +208,7 @@ impl Inbound {
                 return stream.sink.answer(Some(reason)).await.map(|()| None);
             }
         };
-        if let Err(error) = stream.sink.answer(None).await {
+        if let Err(error) = stream.connected().await {
             tcp::reset_on_close(&far);
             self.observer.fail(&info, CloseReason::SourceReset, &error);
             return Err(error);

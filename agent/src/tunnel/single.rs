@@ -18,19 +18,21 @@
 //! after a refusal, or both FINs, the dialler may send the next OPEN. A connection that ends anywhere else has been reset. An unknown
 //! kind, or one out of turn, ends the connection.
 //!
-//! Behind an OPEN, in the same record, the dialler may send one DATA at once, which the acceptor forgets when it refuses. An acceptor
-//! that ends a tunnel of its own accord says so by TLS's `close_notify`, and has then acted on nothing that came after the last stream:
+//! Behind an OPEN, in the same record, the dialler may send one DATA at once, which the acceptor forgets when it refuses; behind an
+//! ANSWER to that, in the same record, DATA or FIN may follow. An acceptor that ends a tunnel of its own accord says so by TLS's `close_notify`, and has then acted on nothing that came after the last stream:
 //! only by that a dialler knows that it may send those bytes again elsewhere.
 
 use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
+use tokio::task::yield_now;
 use tokio::time::timeout;
 
 use super::ACCEPTED_IDLE;
@@ -49,6 +51,9 @@ use frame::{Frames, Piece};
 
 /// The ALPN protocol of this form.
 pub const ALPN: &[u8] = b"culvert/1";
+
+/// How often the thread may find nothing else to do before an answer goes without the stream's first bytes.
+const LOOKS: u8 = 3;
 
 /// A tunnel that carries no stream now.
 #[derive(Debug)]
@@ -88,6 +93,8 @@ pub struct SingleSink {
     finishing: bool,
     /// Bytes that went with the OPEN, which the stream's source still holds.
     early: usize,
+    /// The dialler has not been told that the destination is connected; so often it may still wait for the stream's first bytes.
+    answer_waits: Option<u8>,
     end: ResetOnDrop,
 }
 
@@ -108,7 +115,8 @@ impl Idle {
         let read_finished = Arc::new(AtomicBool::new(false));
         let mut end = ResetOnDrop::new(writer.socket());
         end.disarm();
-        let sink = SingleSink { writer, read_finished: Arc::clone(&read_finished), finishing: false, early: 0, end };
+        let sink =
+            SingleSink { writer, read_finished: Arc::clone(&read_finished), finishing: false, early: 0, answer_waits: None, end };
         let source = SingleSource {
             reader,
             read_finished,
@@ -178,7 +186,7 @@ impl Idle {
         let mut stream = self.0;
         let SingleStream { source, sink } = &mut *stream;
         source.read_finished.store(false, Ordering::Relaxed);
-        (source.finished, sink.finishing, sink.early) = (false, false, 0);
+        (source.finished, sink.finishing, sink.early, sink.answer_waits) = (false, false, 0, None);
         source.watch = Watch::default();
         sink.end.arm();
         stream
@@ -186,6 +194,19 @@ impl Idle {
 }
 
 impl SingleStream {
+    /// Says, as the acceptor, that the destination is connected: at once, or, where first bytes came with the question, with the
+    /// destination's own first bytes. These are not waited for: the answer goes by itself once the thread has nothing else to do.
+    ///
+    /// # Errors
+    /// The connection's error.
+    pub async fn connected(&mut self) -> io::Result<()> {
+        if self.source.payload.is_empty() {
+            return self.sink.answer(None).await;
+        }
+        self.sink.answer_waits = Some(LOOKS);
+        Ok(())
+    }
+
     /// The tunnel of a stream that has ended in order, ready for the next; none when it has not.
     #[must_use]
     pub fn end(self: Box<Self>) -> Option<Idle> {
@@ -332,6 +353,26 @@ impl SingleSink {
         self.send(if first.is_empty() { &parts[..1] } else { &parts }).await
     }
 
+    /// Moves the destination's first bytes along with the answer, which waits no longer than its time.
+    fn poll_answer<S: Source>(&mut self, cx: &mut Context<'_>, source: &mut S, looks: u8) -> Poll<Result<usize, Fault>> {
+        let moved = self.writer.poll_move_one(cx, source, frame::connected_and_data_head);
+        match (&moved, looks.checked_sub(1)) {
+            // The end of what there is goes with the answer, too.
+            (Poll::Ready(Ok(0) | Err(_)), _) => {}
+            (Poll::Ready(Ok(_)), _) => self.answer_waits = None,
+            (Poll::Pending, Some(left)) => {
+                self.answer_waits = Some(left);
+                // Wakes the task after the kernel has been asked for news.
+                let _once_more = pin!(yield_now()).poll(cx);
+            }
+            (Poll::Pending, None) => {
+                ready!(self.writer.poll_write_record(cx, &[&frame::answer(None)])).map_err(|_error| Fault::Sink)?;
+                self.answer_waits = None;
+            }
+        }
+        moved
+    }
+
     /// How many bytes went with the OPEN that the stream's source still holds.
     #[cfg(test)]
     pub(super) fn early(&self) -> usize {
@@ -352,7 +393,10 @@ impl Sink for SingleSink {
             source.consume(sent_already);
             return Poll::Ready(Ok(sent_already));
         }
-        self.writer.poll_move(cx, source, frame::data_head)
+        match self.answer_waits {
+            None => self.writer.poll_move(cx, source, frame::data_head),
+            Some(looks) => self.poll_answer(cx, source, looks),
+        }
     }
 
     fn holds(&self) -> bool {
@@ -361,8 +405,10 @@ impl Sink for SingleSink {
 
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         if !self.finishing {
-            ready!(self.writer.poll_write_record(cx, &[&frame::fin()]))?;
-            self.finishing = true;
+            let frames: [&[u8]; 2] = [&frame::answer(None), &frame::fin()];
+            let frames = if self.answer_waits.is_some() { &frames[..] } else { &frames[1..] };
+            ready!(self.writer.poll_write_record(cx, frames))?;
+            (self.finishing, self.answer_waits) = (true, None);
         }
         ready!(self.writer.poll_flush(cx))?;
         self.end.disarm();
@@ -379,6 +425,11 @@ impl Sink for SingleSink {
     }
 
     fn reset(&mut self) {
+        if self.answer_waits.take().is_some() {
+            // That the stream was there is true all the same, and the dialler should know.
+            let mut cx = Context::from_waker(Waker::noop());
+            let _gone_already = self.writer.poll_write_record(&mut cx, &[&frame::answer(None)]);
+        }
         self.end.reset();
     }
 }

@@ -273,15 +273,35 @@ impl RecordWriter {
         source: &mut S,
         head: impl Fn(usize) -> [u8; N],
     ) -> Poll<Result<usize, Fault>> {
+        self.poll_move_by(cx, source, self.wanted, head)
+    }
+
+    /// The same, with one record at the most.
+    pub(super) fn poll_move_one<const N: usize, S: Source>(
+        &mut self,
+        cx: &mut Context<'_>,
+        source: &mut S,
+        head: impl Fn(usize) -> [u8; N],
+    ) -> Poll<Result<usize, Fault>> {
+        self.poll_move_by(cx, source, Size::Small, head)
+    }
+
+    fn poll_move_by<const N: usize, S: Source>(
+        &mut self,
+        cx: &mut Context<'_>,
+        source: &mut S,
+        size: Size,
+        head: impl Fn(usize) -> [u8; N],
+    ) -> Poll<Result<usize, Fault>> {
         ready!(self.poll_ready(cx)).map_err(|_error| Fault::Sink)?;
-        let mut buffer = Buffer::take(self.wanted);
+        let mut buffer = Buffer::take(size);
         let (before, most) = (HEAD + N, LARGEST_PAYLOAD - N);
         let mut spaces = [const { None }; Size::Large.records()];
         for (space, slot) in spaces.iter_mut().zip(buffer.chunks_exact_mut(SLOT)) {
             *space = Some(IoSliceMut::new(&mut slot[before..before + most]));
         }
         let mut spaces = spaces.map(|space| space.unwrap_or_else(|| IoSliceMut::new(&mut [])));
-        let records = self.wanted.records();
+        let records = size.records();
         let bytes = ready!(source.poll_read(cx, &mut spaces[..records])).map_err(|Broken(_)| Fault::Source)?;
         if bytes == records * most {
             self.wanted = self.wanted.larger();

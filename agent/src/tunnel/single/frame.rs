@@ -136,6 +136,12 @@ pub(super) fn data_head(length: usize) -> [u8; HEAD] {
     [DATA, high, middle, low]
 }
 
+/// An answer that the destination is connected, and behind it the head of a DATA frame of `length` bytes.
+pub(super) fn connected_and_data_head(length: usize) -> [u8; HEAD + 1 + HEAD] {
+    let [kind, high, middle, low] = data_head(length);
+    [ANSWER, 0, 0, 1, code(None), kind, high, middle, low]
+}
+
 pub(super) fn answer(refused: Option<CloseReason>) -> BytesMut {
     let mut frame = head(ANSWER, 1);
     frame.put_u8(code(refused));
@@ -163,7 +169,7 @@ fn open(mut payload: Bytes) -> Open {
 }
 
 /// The number of an answer on the wire. Numbers are never given twice.
-fn code(refused: Option<CloseReason>) -> u8 {
+const fn code(refused: Option<CloseReason>) -> u8 {
     match refused {
         None => 0,
         Some(CloseReason::DestinationRefused) => 1,

@@ -2,6 +2,7 @@ use std::future::pending;
 use std::io::IoSliceMut;
 
 use super::*;
+use crate::relay::tcp::split;
 use crate::tunnel::tls_stream::tests::{Bytes as Given, ours};
 
 /// Both ends of a tunnel over a real connection.
@@ -131,6 +132,76 @@ async fn first_bytes_go_along_with_the_question_and_are_not_sent_twice() {
     };
     let (rest, ()) = tokio::join!(read_to_end(&mut far.source), send);
     assert_eq!(rest, vec![7; 40_000 - early]);
+}
+
+/// A stream that was opened with first bytes, as the acceptor has it, and what its dialler gets to know when the acceptor has done this.
+async fn early_and<F: Future<Output = Box<SingleStream>>>(
+    act: impl FnOnce(Box<SingleStream>) -> F,
+) -> (Result<Box<SingleStream>, Unopened>, Box<SingleStream>) {
+    let (dialler, acceptor) = tunnel().await;
+    let (wish, accept) = (wish(), async {
+        let (_, mut stream) = acceptor.next(pending()).await.unwrap().unwrap();
+        stream.connected().await.unwrap();
+        act(stream).await
+    });
+    tokio::join!(dialler.open(&wish, b"question"), accept)
+}
+
+#[tokio::test]
+async fn an_answer_goes_with_the_destinations_first_bytes() {
+    let (near, mut far) = early_and(async |mut stream| {
+        write(&mut stream.sink, b"first").await;
+        stream
+    })
+    .await;
+    let mut near = near.unwrap();
+    assert!(!near.source.payload.is_empty(), "there is more in the answer's record");
+    assert_eq!(chunk(&mut near.source).await.unwrap().unwrap(), b"first");
+    write(&mut far.sink, b"second").await;
+    assert_eq!(chunk(&mut near.source).await.unwrap().unwrap(), b"second");
+}
+
+#[tokio::test]
+async fn an_answer_goes_with_the_end_of_a_destination_that_says_nothing() {
+    let (near, mut far) = early_and(async |mut stream| {
+        finish(&mut stream.sink).await;
+        stream
+    })
+    .await;
+    let mut near = near.unwrap();
+    assert!(!near.source.payload.is_empty(), "there is more in the answer's record");
+    assert!(read_to_end(&mut near.source).await.is_empty());
+    write(&mut near.sink, b"question, and more").await;
+    finish(&mut near.sink).await;
+    assert_eq!(read_to_end(&mut far.source).await, b"question, and more");
+}
+
+#[tokio::test]
+async fn an_answer_waits_for_nobody_who_is_silent() {
+    let (dialler, acceptor) = tunnel().await;
+    let (_application, delivery) = crate::relay::tests::pair().await;
+    let silent = async {
+        let (_, mut stream) = acceptor.next(pending()).await.unwrap().unwrap();
+        stream.connected().await.unwrap();
+        let (mut source, _sink) = split(delivery);
+        poll_fn(|cx| stream.sink.poll_move(cx, &mut source)).await
+    };
+    let wish = wish();
+    tokio::select! {
+        moved = silent => panic!("{moved:?} from a destination that says nothing"),
+        opened = dialler.open(&wish, b"question") => drop(opened.unwrap()),
+    }
+}
+
+#[tokio::test]
+async fn who_resets_a_stream_before_its_answer_says_first_that_it_was_there() {
+    let (near, _far) = early_and(async |mut stream| {
+        stream.sink.reset();
+        drop(stream);
+        tunnel().await.0.start()
+    })
+    .await;
+    assert!(chunk(&mut near.unwrap().source).await.is_err());
 }
 
 #[tokio::test]
