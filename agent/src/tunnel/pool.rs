@@ -201,7 +201,7 @@ impl Slot {
         match tunnel {
             Tunnel::Single(idle) => {
                 tunnels.single = true;
-                Ok(Pooled::Idle { idle, expires, fresh: false })
+                Ok(Pooled::Idle { warm: Warm::new(idle, expires), fresh: false })
             }
             Tunnel::Hbone(tunnel) => {
                 tunnels.single = false;
@@ -216,11 +216,12 @@ impl Slot {
 
     async fn open_in(self: &Arc<Self>, tunnel: Pooled, open: &Open, first: &mut TcpSource) -> Result<Stream, TunnelError> {
         match tunnel {
-            Pooled::Idle { idle, expires, fresh } => {
-                if fresh {
-                    first.fill_at_once().map_err(|Broken(error)| TunnelError::Abandoned(error))?;
+            Pooled::Idle { warm, fresh } => {
+                if fresh && let Err(Broken(error)) = first.fill_at_once() {
+                    self.put_back(warm);
+                    return Err(TunnelError::Abandoned(error));
                 }
-                self.open_single(idle, expires, open, if fresh { first.held() } else { &[] }).await
+                self.open_single(warm.tunnel, warm.expires, open, if fresh { first.held() } else { &[] }).await
             }
             Pooled::Shared(tunnel, place) => Ok(Stream::Hbone(Box::new(tunnel.open(place, open.destination).await?))),
         }
@@ -246,9 +247,14 @@ impl Slot {
 
     /// Keeps a tunnel for the next stream.
     pub(super) fn put(&self, idle: Idle, expires: SystemTime) {
+        self.put_back(Warm::new(idle, expires));
+    }
+
+    /// Keeps a tunnel that has carried nothing since it was picked.
+    fn put_back(&self, warm: Warm<Idle>) {
         let mut tunnels = self.lock();
         if !tunnels.retired && tunnels.idle.len() < IDLE_PER_KEY {
-            tunnels.idle.push(Warm::new(idle, expires));
+            tunnels.idle.push(warm);
         }
     }
 
@@ -259,7 +265,7 @@ impl Slot {
         while let Some(warm) = tunnels.idle.pop() {
             if !warm.expired() && warm.tunnel.quiet() {
                 let fresh = warm.last_used.elapsed() < FRESH;
-                return Some(Pooled::Idle { idle: warm.tunnel, expires: warm.expires, fresh });
+                return Some(Pooled::Idle { warm, fresh });
             }
         }
         tunnels.shared.retain(|warm| !warm.expired() && !warm.tunnel.closed());
@@ -276,7 +282,7 @@ impl Slot {
 }
 
 enum Pooled {
-    Idle { idle: Idle, expires: SystemTime, fresh: bool },
+    Idle { warm: Warm<Idle>, fresh: bool },
     Shared(Arc<hbone::Outbound>, hbone::Place),
 }
 

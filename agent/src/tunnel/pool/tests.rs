@@ -270,7 +270,7 @@ async fn first_bytes_are_sent_again_only_when_nobody_can_have_acted_on_them() {
 }
 
 #[tokio::test]
-async fn a_source_that_has_reset_its_connection_is_not_carried() {
+async fn a_source_that_has_reset_its_connection_is_not_carried_and_keeps_the_tunnel() {
     let (far, pool) = (Far::new(true), Pool::new());
     end(open(&pool, &far, SERVED).await.unwrap()).await;
     let (client, (mut near, _sink)) = near().await;
@@ -278,6 +278,8 @@ async fn a_source_that_has_reset_its_connection_is_not_carried() {
     drop(client);
     let opened = pool.open(&KEY, &to(SERVED), &mut near, || Ok(()), |()| far.dial()).await;
     assert!(matches!(&opened, Err(error) if error.reason() == CloseReason::SourceReset), "{opened:?}");
+    end(open(&pool, &far, SERVED).await.unwrap()).await;
+    assert_eq!((far.dialled(), pool.len()), (1, 1));
 }
 
 #[tokio::test]
