@@ -39,5 +39,7 @@ pub const AUTHORIZATION_TYPE: &str = "type.googleapis.com/istio.security.Authori
 pub const MESH_TYPE: &str = "type.googleapis.com/culvert.v1.Mesh";
 /// The type URL of how a workload speaks to pods of its node, in its extensions.
 pub const SAME_NODE_TYPE: &str = "type.googleapis.com/culvert.v1.SameNode";
+/// The type URL of which pod a workload is, in its extensions.
+pub const POD_TYPE: &str = "type.googleapis.com/culvert.v1.Pod";
 /// The type URL of a workload's modes, in its extensions.
 pub const PEER_AUTHENTICATION_TYPE: &str = "type.googleapis.com/culvert.v1.PeerAuthentication";

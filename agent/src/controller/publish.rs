@@ -35,6 +35,8 @@ pub struct MeshState {
 struct Entry {
     sequence: u64,
     resource: Option<Arc<Resource>>,
+    /// The last change with which some who had been told of it no longer were.
+    withdrawn: u64,
 }
 
 /// Publishes states.
@@ -83,7 +85,7 @@ impl MeshState {
         &self.residents
     }
 
-    /// The resource of this name.
+    /// The resource of this name, whoever is told of it.
     #[must_use]
     pub fn resource(&self, kind: ResourceKind, name: &str) -> Option<&Arc<Resource>> {
         self.entries.get(&(kind, Arc::from(name)))?.resource.as_ref()
@@ -96,18 +98,30 @@ impl MeshState {
         self.resource(ResourceKind::Address, name)
     }
 
-    /// All resources of a kind, by name.
+    /// All resources of a kind, by name, whoever is told of them.
     pub fn resources(&self, kind: ResourceKind) -> impl Iterator<Item = &Arc<Resource>> {
         let first: (ResourceKind, Arc<str>) = (kind, "".into());
         let all = self.entries.range(first..).take_while(move |((other, _), _)| *other == kind);
         all.filter_map(|(_, entry)| entry.resource.as_ref())
     }
 
-    /// What changed after `sequence`, each name once, in the order of the changes: its resource, or none if it was removed.
-    pub fn changes(&self, kind: ResourceKind, sequence: u64) -> impl Iterator<Item = (&Arc<str>, Option<&Arc<Resource>>)> {
+    /// What changed after `sequence` for an agent of `node`, each name once, in the order of the changes: its resource, or none if it was
+    /// removed or is now another node's.
+    pub fn changes(
+        &self,
+        kind: ResourceKind,
+        sequence: u64,
+        node: &str,
+    ) -> impl Iterator<Item = (&Arc<str>, Option<&Arc<Resource>>)> {
         let range = (Bound::Excluded((kind, sequence)), Bound::Included((kind, u64::MAX)));
-        let entry = move |name: &Arc<str>| self.entries.get(&(kind, Arc::clone(name)));
-        self.log.range(range).map(move |(_, (name, _))| (name, entry(name).and_then(|entry| entry.resource.as_ref())))
+        self.log.range(range).filter_map(move |(_, (name, _))| {
+            let entry = self.entries.get(&(kind, Arc::clone(name)))?;
+            match &entry.resource {
+                Some(resource) if resource.is_for(node) => Some((name, Some(resource))),
+                Some(_) if entry.withdrawn <= sequence => None,
+                Some(_) | None => Some((name, None)),
+            }
+        })
     }
 
     /// When the first of the changes after `sequence` that still count was read.
@@ -129,6 +143,9 @@ impl MeshState {
             self.log.remove(&(kind, entry.sequence));
             self.removed.remove(&entry.sequence);
         }
+        let audience = |resource: &Resource| resource.node.clone();
+        let narrowed = before_resource.is_some_and(|before| resource.as_ref().map(audience) != Some(audience(before)));
+        let withdrawn = if narrowed { self.sequence } else { before.as_ref().map_or(0, |entry| entry.withdrawn) };
         for address in before_resource.iter().flat_map(|resource| &resource.addresses) {
             let left = self.by_address.get_mut(address).is_some_and(|names| {
                 names.remove(&key.1);
@@ -145,7 +162,7 @@ impl MeshState {
         if resource.is_none() {
             self.removed.insert(self.sequence, key.clone());
         }
-        self.entries.insert(key, Entry { sequence: self.sequence, resource: resource.map(Arc::new) });
+        self.entries.insert(key, Entry { sequence: self.sequence, resource: resource.map(Arc::new), withdrawn });
     }
 
     /// Forgets the oldest removals beyond `kept`.

@@ -19,6 +19,8 @@ pub(super) struct PodRecord {
     pub(super) labels: BTreeMap<String, String>,
     pub(super) node: Arc<str>,
     pub(super) addresses: Vec<IpAddr>,
+    /// What the pod's node knows it by while it has no address; none once it has one.
+    pub(super) uid: Option<Box<str>>,
     pub(super) service_account: Arc<str>,
     pub(super) host_network: bool,
     /// It has not run to its end.
@@ -42,10 +44,13 @@ impl PodRecord {
         fn text(text: Option<&String>) -> Option<&str> {
             text.map(String::as_str).filter(|text| !text.is_empty())
         }
+        let addresses = addresses(pod);
+        let uid = text(pod.metadata.uid.as_ref()).filter(|_| addresses.is_empty());
         let account = spec.and_then(|spec| text(spec.service_account_name.as_ref()).or(text(spec.service_account.as_ref())));
         Self {
             node: spec.and_then(|spec| text(spec.node_name.as_ref())).unwrap_or_default().into(),
-            addresses: addresses(pod),
+            addresses,
+            uid: uid.map(Into::into),
             service_account: account.unwrap_or("default").into(),
             host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),
             live: !matches!(phase, Some("Succeeded" | "Failed")),

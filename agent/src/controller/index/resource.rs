@@ -17,7 +17,7 @@ use super::ObjectName;
 use crate::model::{self, Authorization, PeerAuthentication, SameNode, StringMatch};
 use crate::proto::culvert::{self, peer_authentication::Mode};
 use crate::proto::workload::{Extension, Port, PortList, Service, Workload};
-use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE, PEER_AUTHENTICATION_TYPE, SAME_NODE_TYPE, security};
+use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE, PEER_AUTHENTICATION_TYPE, POD_TYPE, SAME_NODE_TYPE, security};
 
 /// The cluster's name, the first part of workloads' UIDs.
 pub(super) const CLUSTER: &str = "Kubernetes";
@@ -40,10 +40,20 @@ pub struct Resource {
     pub name: Arc<str>,
     /// The addresses that it is found by as well.
     pub addresses: Vec<IpAddr>,
+    /// The one node that is told of it; all are if none is named.
+    pub node: Option<Arc<str>>,
     /// Differs when the content does.
     pub version: Arc<str>,
     /// The encoded message.
     pub value: Vec<u8>,
+}
+
+impl Resource {
+    /// Whether an agent of this node is told of it.
+    #[must_use]
+    pub fn is_for(&self, node: &str) -> bool {
+        self.node.as_deref().is_none_or(|only| only == node)
+    }
 }
 
 impl ResourceKind {
@@ -80,7 +90,13 @@ pub(super) fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// A workload's resource. `base` has neither services nor extensions yet.
+/// What names the pod that a workload is.
+pub(super) fn pod(uid: &str) -> Extension {
+    let value = culvert::Pod { uid: uid.to_owned() }.encode_to_vec();
+    Extension { name: "pod".to_owned(), config: Some(Any { type_url: POD_TYPE.to_owned(), value }) }
+}
+
+/// A workload's resource. `base` has neither services nor the extensions that follow from the other arguments yet.
 pub(super) fn workload(
     uid: Arc<str>,
     addresses: &[IpAddr],
@@ -214,5 +230,5 @@ fn account(from: &model::ServiceAccountMatch) -> security::ServiceAccountMatch {
 fn finish(name: Arc<str>, addresses: &[IpAddr], value: Vec<u8>) -> Resource {
     let hash = digest::digest(&digest::SHA256, &value);
     let version: String = hash.as_ref().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
-    Resource { name, addresses: addresses.to_vec(), version: version.into(), value }
+    Resource { name, addresses: addresses.to_vec(), node: None, version: version.into(), value }
 }

@@ -13,15 +13,17 @@ use crate::proto::culvert::Mesh;
 use crate::proto::workload::{NetworkMode, Port, TunnelProtocol, Workload, WorkloadStatus};
 
 impl Index {
-    /// The workload of a pod; none when there is no such pod, it has no address any more, or an older pod has its address. One that
-    /// has no address yet is told of if it will be in the mesh, so that its node knows whom to expect.
+    /// The workload of a pod; none when there is no such pod, it has no address any more, or an older pod has its address. Of one that
+    /// has no address yet its node is told, and nobody else: by its UID, or if it will be in the mesh, so that the node knows whom to
+    /// expect.
     pub(super) fn workload(&self, name: &ObjectName) -> Option<Resource> {
         let pod = self.pods.get(name)?;
         if !pod.live || pod.claimed().iter().any(|address| self.owner(*address) != Some(name)) {
             return None;
         }
         let enrolled = self.enrolled(name, pod);
-        if pod.addresses.is_empty() && (!enrolled || pod.node.is_empty() || pod.host_network) {
+        let placed = !pod.addresses.is_empty();
+        if !placed && (pod.node.is_empty() || pod.host_network || !enrolled && pod.uid.is_none()) {
             return None;
         }
         let (services, ready) = self.services_of(name, pod);
@@ -50,11 +52,12 @@ impl Index {
             hostname: String::new(),
             services: [].into(),
             network_mode: if pod.host_network { NetworkMode::HostNetwork } else { NetworkMode::Standard }.into(),
-            extensions: Vec::new(),
+            extensions: pod.uid.as_deref().map(resource::pod).into_iter().collect(),
         };
         let modes = self.policies.modes(&name.namespace, &pod.labels);
         let way = if enrolled { self.same_node(name, pod) } else { SameNode::default() };
-        Some(resource::workload(resource::uid(name), pod.claimed(), wire, &services, &modes, way))
+        let resource = resource::workload(resource::uid(name), pod.claimed(), wire, &services, &modes, way);
+        Some(Resource { node: (!placed).then(|| Arc::clone(&pod.node)), ..resource })
     }
 
     /// The mesh-wide settings.

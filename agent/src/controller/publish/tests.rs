@@ -8,6 +8,7 @@ fn resource(name: &str, version: &str, address: &str) -> Resource {
     Resource {
         name: name.into(),
         addresses: vec![address.parse().unwrap()],
+        node: None,
         version: version.into(),
         value: version.as_bytes().to_vec(),
     }
@@ -19,7 +20,11 @@ fn set(publisher: &mut Publisher, changes: &[(&str, Option<Resource>)]) {
 }
 
 fn changed(state: &MeshState, since: u64) -> Vec<(String, bool)> {
-    state.changes(ResourceKind::Address, since).map(|(name, resource)| (name.to_string(), resource.is_some())).collect()
+    changed_for(state, since, "n1")
+}
+
+fn changed_for(state: &MeshState, since: u64, node: &str) -> Vec<(String, bool)> {
+    state.changes(ResourceKind::Address, since, node).map(|(name, resource)| (name.to_string(), resource.is_some())).collect()
 }
 
 #[test]
@@ -71,4 +76,30 @@ fn old_removals_are_forgotten_and_who_has_not_heard_of_them_is_known() {
     assert_eq!(changed(&state, early + 2), [("b".to_owned(), false), ("c".to_owned(), false)]);
     assert_eq!(state.entries.len(), 3);
     assert_eq!(state.resources(ResourceKind::Address).count(), 1);
+}
+
+#[test]
+fn what_is_for_one_node_is_told_there_and_others_hear_that_what_they_had_is_gone() {
+    let (mut publisher, states) = Publisher::new();
+    let sequence = || states.borrow().sequence();
+    let seen = |since: u64| ["n1", "n2"].map(|node| changed_for(&states.borrow(), since, node));
+    let told = |there: bool| vec![("a".to_owned(), there)];
+    let only = |node: &str| Some(Resource { node: Some(node.into()), ..resource("a", node, "10.0.0.1") });
+    let nothing = sequence();
+    set(&mut publisher, &[("a", only("n1"))]);
+    assert_eq!(seen(nothing), [told(true), vec![]]);
+    let placed = sequence();
+    set(&mut publisher, &[("a", Some(resource("a", "2", "10.0.0.1")))]);
+    assert_eq!(seen(placed), [told(true), told(true)]);
+    let by_all = sequence();
+    set(&mut publisher, &[("a", only("n2"))]);
+    assert_eq!(seen(by_all), [told(false), told(true)]);
+    set(&mut publisher, &[("a", Some(resource("a", "3", "10.0.0.1")))]);
+    let again = sequence();
+    // Made anew under its name, for another node: who has heard of the end in between needs no second word of it.
+    set(&mut publisher, &[("a", None)]);
+    let ended = sequence();
+    set(&mut publisher, &[("a", only("n2"))]);
+    assert_eq!(seen(again), [told(false), told(true)]);
+    assert_eq!(seen(ended), [vec![], told(true)]);
 }

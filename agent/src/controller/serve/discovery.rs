@@ -84,11 +84,11 @@ impl AggregatedDiscoveryService for Discovery {
             relief: self.relief.clone(),
             responses: responses.clone(),
             client: node.to_string(),
-            node,
             nonce: 0,
-            address: Subscription::new(ResourceKind::Address),
-            authorization: Subscription::new(ResourceKind::Authorization),
-            mesh: Subscription::new(ResourceKind::Mesh),
+            address: Subscription::new(ResourceKind::Address, &node),
+            authorization: Subscription::new(ResourceKind::Authorization, &node),
+            mesh: Subscription::new(ResourceKind::Mesh, &node),
+            node,
         };
         tokio::spawn(async move {
             if let Err(status) = conversation.hold(request.into_inner()).await {

@@ -18,6 +18,8 @@ pub(super) const MAX_NAMES: usize = 65_536;
 #[derive(Debug)]
 pub(super) struct Subscription {
     kind: ResourceKind,
+    /// The client's node: of some resources only one is told.
+    node: Arc<str>,
     wildcard: bool,
     /// Names, and addresses in place of their aliases, followed one by one.
     names: BTreeSet<Wanted>,
@@ -52,8 +54,9 @@ enum Wanted {
 }
 
 impl Subscription {
-    pub(super) fn new(kind: ResourceKind) -> Self {
-        Self { kind, wildcard: false, names: BTreeSet::new(), held: BTreeSet::new(), told: None }
+    pub(super) fn new(kind: ResourceKind, node: &Arc<str>) -> Self {
+        let node = Arc::clone(node);
+        Self { kind, node, wildcard: false, names: BTreeSet::new(), held: BTreeSet::new(), told: None }
     }
 
     /// Whether nothing was asked yet.
@@ -86,7 +89,8 @@ impl Subscription {
             // What is left of these in the end is no more.
             named || packed.as_mut().zip(packed::digest_of(&resource.version)).is_some_and(|(all, digest)| all.remove(&digest))
         };
-        let mut items: Vec<_> = state.resources(self.kind).filter(|resource| !holds(resource)).map(Item::present).collect();
+        let told = state.resources(self.kind).filter(|resource| resource.is_for(&self.node) && !holds(resource));
+        let mut items: Vec<_> = told.map(Item::present).collect();
         let understood = packed.is_some();
         items.extend(
             self.gone(state, held).into_iter().filter(|item| !understood || *item != Item::Absent(packed::NAME.to_owned())),
@@ -103,7 +107,7 @@ impl Subscription {
         self.told = Some(state.sequence());
         self.held = held.keys().map(|name| Arc::from(name.as_str())).collect();
         let present = held.iter().filter_map(|(name, version)| {
-            state.resource(self.kind, name).filter(|resource| *resource.version != **version).map(Item::present)
+            self.resource(state, name).filter(|resource| *resource.version != **version).map(Item::present)
         });
         Ok(present.chain(self.gone(state, held)).collect())
     }
@@ -118,7 +122,7 @@ impl Subscription {
             let found = match &wanted {
                 Wanted::Address(address) if self.kind == ResourceKind::Address => state.at_address(*address),
                 Wanted::Address(_) => None,
-                Wanted::Name(name) => state.resource(self.kind, name),
+                Wanted::Name(name) => self.resource(state, name),
             };
             if !self.wildcard {
                 self.names.insert(wanted);
@@ -145,7 +149,7 @@ impl Subscription {
         }
         self.told = Some(state.sequence());
         let mut items = Vec::new();
-        for (name, resource) in state.changes(self.kind, told) {
+        for (name, resource) in state.changes(self.kind, told, &self.node) {
             if !self.wants(name, resource) {
                 continue;
             }
@@ -174,8 +178,13 @@ impl Subscription {
     }
 
     fn gone(&self, state: &MeshState, held: &HashMap<String, String>) -> Vec<Item> {
-        let gone = held.keys().filter(|name| state.resource(self.kind, name).is_none());
+        let gone = held.keys().filter(|name| self.resource(state, name).is_none());
         gone.map(|name| Item::Absent(name.clone())).collect()
+    }
+
+    /// The resource of this name, if the client is told of it.
+    fn resource<'a>(&self, state: &'a MeshState, name: &str) -> Option<&'a Arc<Resource>> {
+        state.resource(self.kind, name).filter(|resource| resource.is_for(&self.node))
     }
 }
 

@@ -205,3 +205,49 @@ async fn a_node_that_is_removed_loses_its_stream() {
     assert_eq!(refused.code(), tonic::Code::Unauthenticated, "{refused}");
     assert!(!token.exists());
 }
+
+/// A pod of `node-a` whose address the kubelet has not told yet.
+fn unplaced(name: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, uid: uid-of-{name}}}\n\
+         spec: {{nodeName: node-a, containers: []}}\n"
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_agent_of_its_node_is_told_of_a_pod_without_an_address() {
+    let mesh = Mesh::start(&[("web.yaml", unplaced("web"))]).await;
+    let (mut own, mut others) = (mesh.discovery("node-a").await, mesh.discovery("node-b").await);
+    assert_eq!(names(&own.all(ADDRESS_TYPE, &[]).await.0), [WEB]);
+    assert!(others.all(ADDRESS_TYPE, &[]).await.0.is_empty());
+    // Nor by its name, to one who asks for nothing else.
+    let mut curious = mesh.discovery("node-b").await;
+    curious.ask(ADDRESS_TYPE, &[WEB], &[]).await;
+    let answer = curious.next().await.unwrap();
+    assert_eq!((answer.resources.len(), answer.removed_resources), (0, vec![WEB.to_owned()]));
+    mesh.write("web.yaml", &pod("web", "node-a", "10.1.0.2"));
+    for stream in [&mut own, &mut others, &mut curious] {
+        let change = stream.next().await.unwrap();
+        assert_eq!(names(&change.resources), [WEB]);
+    }
+    // Made anew under its name: its former self is gone for everybody.
+    mesh.write("web.yaml", &unplaced("web"));
+    assert_eq!(names(&own.next().await.unwrap().resources), [WEB]);
+    for stream in [&mut others, &mut curious] {
+        let change = stream.next().await.unwrap();
+        assert_eq!((change.resources.len(), change.removed_resources), (0, vec![WEB.to_owned()]));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_connects_again_is_told_that_what_it_held_is_another_nodes_now() {
+    let mesh = Mesh::start(&[("web.yaml", pod("web", "node-b", "10.2.0.2"))]).await;
+    let mut own = mesh.discovery("node-a").await;
+    let (held, _) = own.all(ADDRESS_TYPE, &[]).await;
+    mesh.write("web.yaml", &unplaced("web"));
+    assert!(workload(&own.next().await.unwrap().resources[0]).addresses.is_empty());
+    let mut again = mesh.discovery("node-b").await;
+    let versions = [(held[0].name.clone(), held[0].version.clone())];
+    let (resources, removed) = again.all(ADDRESS_TYPE, &versions).await;
+    assert_eq!((resources.len(), removed), (0, vec![WEB.to_owned()]));
+}

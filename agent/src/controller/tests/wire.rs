@@ -138,6 +138,32 @@ fn a_workload_has_the_published_numbers() {
 }
 
 #[test]
+fn a_pod_without_an_address_has_its_uid() {
+    let unplaced =
+        SHOP.replace("podIP: 10.1.0.2, ", "").replace("  name: web-7d4f-x2", "  uid: 37182395-691d\n  name: web-7d4f-x2");
+    let value = World::of("example.org", &unplaced).resources
+        [&(ResourceKind::Address, "Kubernetes//Pod/shop/web-7d4f-x2".to_owned())]
+        .clone();
+    let text = dump(&value, &["1", "1.26", "1.26.2", "1.26.2.2"]);
+    let extension = [
+        "1.26",
+        "1.26.1: \"pod\"",
+        "1.26.2",
+        "1.26.2.1: \"type.googleapis.com/culvert.v1.Pod\"",
+        "1.26.2.2",
+        "1.26.2.2.1: \"37182395-691d\"",
+    ];
+    assert!(text.contains(&extension.join("\n")), "{text}");
+    assert!(!text.contains("1.3:"), "it has no address: {text}");
+    // With an address it is known by that.
+    let placed = SHOP.replace("  name: web-7d4f-x2", "  uid: 37182395-691d\n  name: web-7d4f-x2");
+    let value = World::of("example.org", &placed).resources
+        [&(ResourceKind::Address, "Kubernetes//Pod/shop/web-7d4f-x2".to_owned())]
+        .clone();
+    assert_eq!(value, resource(ResourceKind::Address, "Kubernetes//Pod/shop/web-7d4f-x2"));
+}
+
+#[test]
 fn a_service_has_the_published_numbers() {
     let bytes = resource(ResourceKind::Address, "shop/web.shop.svc.cluster.local");
     let expected = r#"

@@ -70,15 +70,20 @@ fn an_identity_resides_where_an_enrolled_pod_has_it_and_until_the_last_is_gone()
 }
 
 #[test]
-fn a_pod_without_an_address_is_told_of_only_if_it_will_be_in_the_mesh() {
-    let awaited = |labels: &str, node: &str| {
+fn a_pod_without_an_address_is_told_of_by_its_uid_or_if_it_will_be_in_the_mesh() {
+    let awaited = |labels: &str, uid: &str, node: &str| {
         let manifest = format!(
-            "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: web, namespace: shop, labels: {{{labels}}}}}\nspec: {{{node}containers: []}}\n"
+            "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: web, namespace: shop, {uid}labels: {{{labels}}}}}\n\
+             spec: {{{node}containers: []}}\n"
         );
         World::new(&manifest).resources.keys().any(|(_, name)| name.ends_with("/shop/web"))
     };
-    assert!(awaited("culvert.dev/mesh: enabled", "nodeName: node-a, "));
-    assert!(!awaited("", "nodeName: node-a, "), "outside of the mesh");
-    assert!(!awaited("culvert.dev/mesh: enabled", ""), "on no node yet");
-    assert!(!awaited("culvert.dev/mesh: enabled", "nodeName: node-a, hostNetwork: true, "), "on its node's network");
+    let enabled = "culvert.dev/mesh: enabled";
+    for uid in ["", "uid: a37182395, "] {
+        assert!(awaited(enabled, uid, "nodeName: node-a, "));
+        assert!(!awaited(enabled, uid, ""), "on no node yet");
+        assert!(!awaited(enabled, uid, "nodeName: node-a, hostNetwork: true, "), "on its node's network");
+    }
+    assert!(awaited("", "uid: a37182395, ", "nodeName: node-a, "), "its namespace need not wait");
+    assert!(!awaited("", "", "nodeName: node-a, "), "nobody could tell which it is");
 }
