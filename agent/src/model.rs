@@ -26,5 +26,5 @@ pub use same_node::SameNode;
 pub use snapshot::{Destination, Snapshot};
 pub use spiffe_id::{SpiffeId, TrustDomain};
 pub use workload::{
-    PodAddresses, PortMapping, ServedPorts, Service, TelemetryNames, TextEnd, TunnelProtocol, Workload, WorkloadType,
+    PodAddresses, PodUid, PortMapping, ServedPorts, Service, TelemetryNames, TextEnd, TunnelProtocol, Workload, WorkloadType,
 };

@@ -245,6 +245,7 @@ impl At<'_> {
             services: self.workload_services(&message.services, shared)?,
             peer_authentication: shared.modes.one(self.peer_authentication(&message.extensions)?),
             same_node: self.same_node(&message.extensions)?,
+            pod: self.pod(&message.extensions)?.map(Arc::new),
             authorization_policies: shared.policies.one(authorization_policies),
             name: TextEnd::of(&uid, &message.name),
             uid,

@@ -5,7 +5,7 @@ use prost_types::Any;
 
 use crate::proto::discovery::{DeltaDiscoveryResponse, Resource};
 use crate::proto::{
-    ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE, PEER_AUTHENTICATION_TYPE, SAME_NODE_TYPE, culvert, security, workload,
+    ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE, PEER_AUTHENTICATION_TYPE, POD_TYPE, SAME_NODE_TYPE, culvert, security, workload,
 };
 
 /// A legal pod `name` of namespace `shop` at `address`, which leaves its trust domain to the mesh.
@@ -50,6 +50,11 @@ pub(super) fn modes(mode: i32, ports: &[(u32, i32)]) -> workload::Extension {
 pub(super) fn same_node(way: i32) -> workload::Extension {
     let value = culvert::SameNode { way }.encode_to_vec();
     workload::Extension { name: "same_node".to_owned(), config: Some(Any { type_url: SAME_NODE_TYPE.to_owned(), value }) }
+}
+
+pub(super) fn pod_uid(uid: &str) -> workload::Extension {
+    let value = culvert::Pod { uid: uid.to_owned() }.encode_to_vec();
+    workload::Extension { name: "pod".to_owned(), config: Some(Any { type_url: POD_TYPE.to_owned(), value }) }
 }
 
 pub(super) fn pod_resource(message: workload::Workload) -> Resource {

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use self::policies::Policies;
-use super::{Applicable, Authorization, Mode, Service, TrustDomain, Workload};
+use super::{Applicable, Authorization, Mode, PodUid, Service, TrustDomain, Workload};
 
 /// The state of the mesh at one moment.
 #[derive(Clone, Debug)]
@@ -33,6 +33,8 @@ pub struct Snapshot {
     endpoints: imbl::OrdMap<Arc<str>, Arc<Endpoints>>,
     members: imbl::OrdMap<Arc<str>, Members>,
     local: imbl::OrdMap<Arc<str>, Arc<Workload>>,
+    /// Those of them that are known by their pods.
+    pods: imbl::OrdMap<Arc<PodUid>, Arc<Workload>>,
     policies: Policies,
     destinations: imbl::OrdMap<(IpAddr, u16), Destination>,
 }
@@ -127,6 +129,7 @@ impl Snapshot {
             endpoints: imbl::OrdMap::new(),
             members: imbl::OrdMap::new(),
             local: imbl::OrdMap::new(),
+            pods: imbl::OrdMap::new(),
             policies: Policies::default(),
             destinations: imbl::OrdMap::new(),
         }
@@ -195,6 +198,12 @@ impl Snapshot {
     /// The workloads that run on this node, in the order of their UIDs.
     pub fn local_workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
         self.local.values()
+    }
+
+    /// The workload of this node that is this pod, while it has no address to be found by.
+    #[must_use]
+    pub fn pod(&self, uid: &PodUid) -> Option<&Arc<Workload>> {
+        self.pods.get(uid)
     }
 
     /// Whether a pod of this node's that belongs to the mesh has no address yet: the next new namespace may be its.
@@ -289,6 +298,9 @@ impl Edit {
         }
         if workload.node == state.node {
             state.policies.select(&workload);
+            if let Some(pod) = &workload.pod {
+                state.pods.insert(Arc::clone(pod), Arc::clone(&workload));
+            }
             state.local.insert(uid, workload);
         }
     }
@@ -305,6 +317,9 @@ impl Edit {
         let (state, uid) = (&mut self.snapshot, &*workload.uid);
         if state.local.remove(uid).is_some() {
             state.policies.deselect(uid);
+            if let Some(pod) = &workload.pod {
+                state.pods.remove(pod);
+            }
         }
         for address in &workload.addresses {
             // Another workload may have taken the address over before this one was told to be gone.

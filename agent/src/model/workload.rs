@@ -36,7 +36,13 @@ pub struct Workload {
     pub peer_authentication: Arc<PeerAuthentication>,
     /// How it speaks to other pods of its node.
     pub same_node: SameNode,
+    /// Which pod it is, while it has no address to be known by. Only its own node is told.
+    pub pod: Option<Arc<PodUid>>,
 }
+
+/// What the API server calls a pod: unlike a name, never used again.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PodUid(Box<str>);
 
 /// A text that is the end of another, which is kept once for both: as a pod's name is of its UID.
 #[derive(Clone)]
@@ -160,6 +166,18 @@ impl Workload {
     pub fn target_port(&self, key: &str, service_port: u16) -> Option<u16> {
         let ports = self.services.of(key)?;
         ports.iter().find(|mapping| mapping.service_port == service_port).map(|mapping| mapping.target_port)
+    }
+}
+
+impl From<&str> for PodUid {
+    fn from(text: &str) -> Self {
+        Self(text.into())
+    }
+}
+
+impl fmt::Display for PodUid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
     }
 }
 

@@ -3,13 +3,15 @@
 use prost::Message;
 
 use super::{At, DecodeError, Fault, quote};
-use crate::model::{Mode, PeerAuthentication, SameNode};
-use crate::proto::{PEER_AUTHENTICATION_TYPE, SAME_NODE_TYPE, culvert, workload};
+use crate::model::{Mode, PeerAuthentication, PodUid, SameNode};
+use crate::proto::{PEER_AUTHENTICATION_TYPE, POD_TYPE, SAME_NODE_TYPE, culvert, workload};
 
 /// The name of the extension that carries a workload's modes.
 const PEER_AUTHENTICATION_EXTENSION: &str = "peer_authentication";
 /// The name of the extension that says how a workload speaks to pods of its node.
 const SAME_NODE_EXTENSION: &str = "same_node";
+/// The name of the extension that says which pod a workload without an address is.
+const POD_EXTENSION: &str = "pod";
 
 impl At<'_> {
     /// What the workload's ports accept.
@@ -42,6 +44,16 @@ impl At<'_> {
             culvert::same_node::Way::Kernel => SameNode::Kernel,
             culvert::same_node::Way::Tunnel => SameNode::Tunnel,
         })
+    }
+
+    /// Which pod the workload is.
+    pub(super) fn pod(&self, extensions: &[workload::Extension]) -> Result<Option<PodUid>, DecodeError> {
+        let message = self.extension(extensions, POD_EXTENSION, POD_TYPE)?;
+        let Some(message): Option<culvert::Pod> = message else { return Ok(None) };
+        match &*message.uid {
+            "" => Err(self.fault(format!("extensions[{POD_EXTENSION}].uid"), Fault::Missing)),
+            uid => Ok(Some(uid.into())),
+        }
     }
 
     /// The message of this type that the extension of this name holds; none when there is no such extension.

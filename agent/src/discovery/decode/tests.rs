@@ -2,7 +2,7 @@
 
 use prost_types::Any;
 
-use super::super::fixture::{modes, pod, pod_resource, policy_resource, resource, same_node, service, service_resource};
+use super::super::fixture::{modes, pod, pod_resource, pod_uid, policy_resource, resource, same_node, service, service_resource};
 use super::*;
 use crate::model::{Mode, SameNode};
 use crate::proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, MESH_TYPE};
@@ -97,6 +97,8 @@ fn each_bad_field_of_a_pod_is_named() {
     check("extensions[peer_authentication].type_url", &|pod| {
         pod.extensions = vec![workload::Extension { config: Some(Any::default()), ..modes(0, &[]) }];
     });
+    check("extensions[pod].uid", &|pod| pod.extensions = vec![pod_uid("")]);
+    check("extensions[pod]", &|pod| pod.extensions = vec![workload::Extension { config: None, ..pod_uid("uid") }]);
     check("extensions[same_node].way", &|pod| pod.extensions = vec![same_node(2)]);
     check("extensions[same_node]", &|pod| pod.extensions = vec![workload::Extension { config: None, ..same_node(1) }]);
     check("extensions[same_node].type_url", &|pod| {
@@ -114,6 +116,17 @@ fn the_way_to_pods_of_its_node_is_the_kernel_unless_the_pod_says_otherwise() {
     assert_eq!(way(vec![]), SameNode::Kernel);
     assert_eq!(way(vec![same_node(0)]), SameNode::Kernel);
     assert_eq!(way(vec![modes(1, &[]), same_node(1)]), SameNode::Tunnel);
+}
+
+#[test]
+fn a_pod_without_an_address_is_known_by_its_uid() {
+    let message = workload::Workload { extensions: vec![pod_uid("uid-of-a")], addresses: Vec::new(), ..pod("a", [10, 0, 0, 1]) };
+    let Ok(Decoded::Workload { workload, .. }) = decode_address(&pod_resource(message)) else { panic!("a legal pod") };
+    assert_eq!(workload.pod.as_deref(), Some(&"uid-of-a".into()));
+    let Ok(Decoded::Workload { workload, .. }) = decode_address(&pod_resource(pod("a", [10, 0, 0, 1]))) else {
+        panic!("a legal pod")
+    };
+    assert_eq!(workload.pod, None);
 }
 
 #[test]

@@ -20,6 +20,7 @@ pub(crate) fn pod(name: &str, address: &str) -> Workload {
         authorization_policies: Arc::default(),
         peer_authentication: Arc::default(),
         same_node: SameNode::default(),
+        pod: None,
     }
 }
 
@@ -28,6 +29,27 @@ pub(crate) fn backend(name: &str, address: &str) -> Workload {
     let ports: Box<[_]> = [PortMapping { service_port: 80, target_port: 8080 }].into();
     let services: ServedPorts = [("a/web.a.svc.cluster.local".into(), ports)].into_iter().collect();
     Workload { services: services.into(), ..pod(name, address) }
+}
+
+#[test]
+fn a_pod_is_found_by_its_uid_on_its_own_node_while_it_is_told() {
+    let unplaced = |name: &str, uid: &str| Workload {
+        addresses: Default::default(),
+        pod: Some(Arc::new(uid.into())),
+        ..pod(name, "10.0.0.1")
+    };
+    let found = |snapshot: &Snapshot, uid: &str| snapshot.pod(&uid.into()).map(|workload| workload.name.to_string());
+    let first = with([unplaced("one", "uid-1"), Workload { node: "n2".into(), ..unplaced("far", "uid-2") }], []);
+    assert_eq!((found(&first, "uid-1").as_deref(), found(&first, "uid-2")), (Some("one"), None));
+    let after = |change: &dyn Fn(&mut Edit)| {
+        let mut edit = first.edit();
+        change(&mut edit);
+        edit.finish()
+    };
+    assert_eq!(found(&after(&|edit| edit.upsert_workload(pod("one", "10.0.0.1"))), "uid-1"), None, "it has an address");
+    assert_eq!(found(&after(&|edit| edit.remove_workload("Kubernetes//Pod/a/one")), "uid-1"), None, "it is gone");
+    let anew = after(&|edit| edit.upsert_workload(unplaced("one", "uid-3")));
+    assert_eq!((found(&anew, "uid-1"), found(&anew, "uid-3").as_deref()), (None, Some("one")), "it was made anew");
 }
 
 /// The service `web` at 10.96.0.1:80.

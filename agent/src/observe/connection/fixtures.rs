@@ -27,6 +27,7 @@ pub(crate) fn workload(namespace: &str, name: &str, address: &str) -> Workload {
         authorization_policies: Arc::default(),
         peer_authentication: Arc::default(),
         same_node: SameNode::default(),
+        pod: None,
     }
 }
 
