@@ -1,13 +1,13 @@
 //! Pods in and out: the task that knows every network namespace of the node and keeps the kernel's view of it.
 //!
-//! Enters: namespaces that appear and vanish, their addresses, snapshots, and what the programs refused. Leaves: [`PodEvent`]s, and
+//! Enters: namespaces that appear and vanish, their addresses and pods, snapshots, and what the programs refused. Leaves: [`PodEvent`]s, and
 //! entries in the maps. One task owns all state; what blocks runs on other threads and comes back as a `Message`. A
 //! namespace is open only after it is known to be none of ours, or fully enrolled; in every other moment nothing leaves it.
 
 mod classify;
-mod excluded;
 mod foreign;
 mod places;
+mod pods;
 mod setup;
 mod tracked;
 mod watch;
@@ -24,8 +24,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::classify::Phase;
-use self::excluded::ExcludedPods;
 use self::foreign::Foreign;
+use self::pods::NodePods;
 use self::setup::{Enrolled, Opened, SetupError};
 use self::tracked::Tracked;
 use self::watch::MountTable;
@@ -69,8 +69,8 @@ enum Message {
     Answered { cookie: u64, address: IpAddr, answered: bool },
     /// The controller was asked about the addresses of a namespace elsewhere.
     ForeignAnswered { inode: u64, addresses: BTreeSet<IpAddr> },
-    /// The namespaces of pods that never join, by inode.
-    Excluded { inodes: BTreeSet<u64> },
+    /// It was looked which pods namespaces are.
+    Pods(pods::Found),
     /// It is time to look at a namespace again.
     Retry { cookie: u64 },
 }
@@ -114,9 +114,11 @@ pub(super) struct Enroller {
     claimed_id: u32,
     /// The programs refuse what was not seen for ever, by themselves.
     dedicated: bool,
-    excluded: Option<ExcludedPods>,
+    /// None: no kubelet keeps pods in cgroups that the agent can tell from others.
+    node_pods: Option<NodePods>,
     /// When to look for them.
-    excluded_at: Option<Instant>,
+    pods_at: Option<Instant>,
+    looking_for_pods: bool,
     /// How many namespaces are being opened.
     opening: usize,
     /// Processes that were refused since the last look, by the cookie of their namespace.
@@ -150,7 +152,7 @@ impl Enroller {
             }
         });
         let snapshot = snapshots.borrow_and_update().clone();
-        let excluded = ExcludedPods::new(&config.excluded_namespaces, loaded.pods_cgroup.as_deref());
+        let node_pods = loaded.pods_cgroup.as_deref().map(|cgroups| NodePods::new(&config.excluded_namespaces, cgroups));
         let now = Instant::now();
         Self {
             config,
@@ -182,8 +184,9 @@ impl Enroller {
             agents_read: None,
             claimed_id: loaded.claimed_id,
             dedicated: loaded.dedicated,
-            excluded,
-            excluded_at: None,
+            node_pods,
+            pods_at: None,
+            looking_for_pods: false,
             opening: 0,
             reported: HashMap::new(),
             unresolved: HashMap::new(),
@@ -218,7 +221,7 @@ impl Enroller {
                 Ok(()) = self.snapshots.changed() => self.advance().await,
                 Some(report) = reports.recv() => self.consider(report).await,
                 () = sleep_until(self.look_at) => self.look(),
-                () = sleep_until(self.excluded_at) => self.look_for_excluded(),
+                () = sleep_until(self.pods_at) => self.look_for_pods(),
             }
             self.reconcile_vanished().await;
         }
@@ -309,13 +312,14 @@ impl Enroller {
             }
             Message::Addresses { cookie, addresses } => {
                 self.set_addresses(cookie, addresses);
+                self.expect_pod(pods::SOON);
                 self.reconcile(cookie).await;
                 self.reconcile_contested().await;
             }
             Message::Enrolled { cookie, workload, result } => self.finish_enrolment(cookie, workload, result).await,
             Message::Answered { cookie, address, answered } => self.take_answer(cookie, address, answered).await,
             Message::ForeignAnswered { inode, addresses } => self.take_foreign_answer(inode, &addresses).await,
-            Message::Excluded { inodes } => self.take_excluded(&inodes).await,
+            Message::Pods(found) => self.take_pods(found).await,
             Message::Retry { cookie } => {
                 if let Some(tracked) = self.tracked.get_mut(&cookie) {
                     tracked.waiting = false;
@@ -364,7 +368,7 @@ impl Enroller {
         self.cookies.insert(inode, cookie);
         self.tracked.insert(cookie, tracked);
         self.set_addresses(cookie, addresses);
-        self.expect_excluded(excluded::FIRST_LOOK);
+        self.expect_pod(pods::SOON);
         self.reconcile(cookie).await;
     }
 

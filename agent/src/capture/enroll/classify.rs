@@ -1,6 +1,6 @@
 //! What a network namespace is to the mesh, and what has to happen to make the kernel agree. Pure.
 //!
-//! Enters: the namespace's addresses, the snapshot, and what the namespace was so far. Leaves: one [`Step`]. Whatever cannot be told
+//! Enters: the namespace's addresses, its pod if the node has said, the snapshot, and what the namespace was so far. Leaves: one [`Step`]. Whatever cannot be told
 //! leaves the namespace closed; a pod that was enrolled stays so until something says otherwise.
 
 use std::collections::BTreeSet;
@@ -9,10 +9,11 @@ use std::sync::Arc;
 
 use culvert_ebpf_common::Admission;
 
+use super::pods::Owner;
 use crate::capture::maps::PortAdmissions;
-use crate::model::{Mode, Snapshot, Workload};
+use crate::model::{Mode, PodAddresses, Snapshot, Workload};
 
-/// What a namespace is, as far as its addresses tell.
+/// What a namespace is, as far as its pod and its addresses tell.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Standing {
     /// The controller has not said anything yet.
@@ -21,6 +22,8 @@ pub(super) enum Standing {
     NoAddress,
     /// Only the controller can tell what has this address.
     Ask(IpAddr),
+    /// Its pod is known, but not with which of its addresses, or the controller knows them as another's.
+    Disputed,
     /// Not ours: a pod outside of the mesh, a pod of another node, or no pod.
     Exempt,
     /// This workload, which is in the mesh and on this node.
@@ -59,14 +62,72 @@ pub(super) enum Step {
     Update(Arc<Workload>),
 }
 
-/// Tells what has these addresses. `unknown` are the addresses that the controller has said to be nobody's.
-pub(super) fn classify(addresses: &BTreeSet<IpAddr>, phase: &Phase, snapshot: &Snapshot, unknown: &BTreeSet<IpAddr>) -> Standing {
+/// Tells what has these addresses, and is the pod `owner`. `unknown` are the addresses that the controller has said to be nobody's.
+pub(super) fn classify(
+    addresses: &BTreeSet<IpAddr>,
+    owner: Option<&Owner>,
+    phase: &Phase,
+    snapshot: &Snapshot,
+    unknown: &BTreeSet<IpAddr>,
+) -> Standing {
     if !snapshot.synced() {
         return Standing::Unsynced;
     }
     if addresses.is_empty() {
         return Standing::NoAddress;
     }
+    if let Some(pod) = owner.and_then(|owner| snapshot.pod(&owner.uid)) {
+        return by_pod(pod, addresses, phase, snapshot);
+    }
+    if let Some(own) = owner.and_then(|owner| owner.workload.as_deref())
+        && *phase != Phase::Exempt
+        && addresses.iter().all(|address| snapshot.workload_at(*address).is_none_or(|there| *there.uid != *own))
+        && is_anothers(addresses, snapshot)
+    {
+        return Standing::Disputed;
+    }
+    by_address(addresses, phase, snapshot, unknown)
+}
+
+/// Tells what a namespace is whose pod has no address that the controller knows.
+fn by_pod(pod: &Arc<Workload>, addresses: &BTreeSet<IpAddr>, phase: &Phase, snapshot: &Snapshot) -> Standing {
+    if !pod.enrolled() && !pod.host_network && *phase == Phase::Exempt {
+        return Standing::Exempt;
+    }
+    // Nobody has said that the address is the pod's: it is so as long as it is nobody else's.
+    if pod.host_network || is_anothers(addresses, snapshot) {
+        return Standing::Disputed;
+    }
+    if !pod.enrolled() {
+        return Standing::Exempt;
+    }
+    let current = match phase {
+        Phase::Enrolled(current) if current.uid == pod.uid && current.pod == pod.pod => Some(current),
+        Phase::Enrolled(_) | Phase::Pending | Phase::Exempt | Phase::Inherited => None,
+    };
+    let kept = current.filter(|current| current.addresses.iter().any(|address| addresses.contains(address)));
+    let Some(own) = kept.map_or_else(|| one_a_family(addresses), |current| Some(current.addresses)) else {
+        return Standing::Disputed;
+    };
+    let workload = Workload { addresses: own, ..Workload::clone(pod) };
+    match current {
+        Some(current) if **current == workload => Standing::Member(Arc::clone(current)),
+        Some(_) | None => Standing::Member(Arc::new(workload)),
+    }
+}
+
+/// Whether the controller knows one of these addresses as a workload's or a service's.
+fn is_anothers(addresses: &BTreeSet<IpAddr>, snapshot: &Snapshot) -> bool {
+    addresses.iter().any(|address| snapshot.workload_at(*address).is_some() || snapshot.service_at(*address).is_some())
+}
+
+/// The addresses of a pod that has these. None: which of several are its own cannot be told.
+fn one_a_family(addresses: &BTreeSet<IpAddr>) -> Option<PodAddresses> {
+    let mut own = PodAddresses::default();
+    addresses.iter().try_for_each(|address| own.add(*address)).ok().map(|()| own)
+}
+
+fn by_address(addresses: &BTreeSet<IpAddr>, phase: &Phase, snapshot: &Snapshot, unknown: &BTreeSet<IpAddr>) -> Standing {
     let ours = |workload: &Workload| workload.enrolled() && *workload.node == *snapshot.node();
     if let Phase::Enrolled(current) = phase
         && let Some(workload) = snapshot.workload(&current.uid)
@@ -97,9 +158,9 @@ pub(super) fn classify(addresses: &BTreeSet<IpAddr>, phase: &Phase, snapshot: &S
 pub(super) fn next(phase: &Phase, standing: Standing) -> Step {
     match (phase, standing) {
         (_, Standing::Unsynced)
-        | (Phase::Pending | Phase::Inherited, Standing::NoAddress)
+        | (Phase::Pending | Phase::Inherited, Standing::NoAddress | Standing::Disputed)
         | (Phase::Exempt, Standing::Exempt) => Step::Stay,
-        (Phase::Exempt | Phase::Enrolled(_), Standing::NoAddress) => Step::Close,
+        (Phase::Exempt | Phase::Enrolled(_), Standing::NoAddress | Standing::Disputed) => Step::Close,
         (Phase::Pending | Phase::Exempt | Phase::Inherited, Standing::Ask(address)) => Step::Ask(address),
         // It has none of the addresses that it was enrolled for.
         (Phase::Enrolled(_), Standing::Ask(_)) => Step::Close,

@@ -15,8 +15,9 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::classify::{self, Phase, Standing, Step};
+use super::pods::Owner;
 use super::setup::{Enrolled, Enrolment, SetupError, enrolled};
-use super::{Enroller, FIRST_RETRY, LAST_RETRY, Message, excluded};
+use super::{Enroller, FIRST_RETRY, LAST_RETRY, Message, pods};
 use crate::capture::netns::AddressWatch;
 use crate::capture::routing::Routing;
 use crate::capture::{Listener, LocalPod, Netns, PodEvent, readiness};
@@ -47,6 +48,8 @@ pub(super) struct Tracked {
     pub(super) waiting: bool,
     /// The programs did not know it when it appeared, and the agent was there: its object may be on its way.
     pub(super) fresh: bool,
+    /// Which pod it is, once the node has said.
+    pub(super) owner: Option<Owner>,
     /// It is the pod's of a namespace that never joins.
     pub(super) excluded: bool,
     /// When its addresses last changed.
@@ -85,6 +88,7 @@ impl Tracked {
             judged: false,
             waiting: false,
             fresh: false,
+            owner: None,
             excluded: false,
             settled: Instant::now(),
             seen,
@@ -101,6 +105,15 @@ impl Tracked {
     /// Nothing leaves it.
     pub(super) fn is_pending(&self) -> bool {
         self.phase == Phase::Pending
+    }
+
+    /// How long its addresses are as they are, if it matters which pod it is.
+    pub(super) fn wants_pod(&self) -> Option<Duration> {
+        let age = self.settled.elapsed();
+        let undecided = matches!(self.phase, Phase::Pending | Phase::Inherited);
+        // Until its pod is known, its address may have been taken for a former pod's.
+        let unsure = self.fresh && self.owner.is_none() && age < pods::EAGER;
+        (undecided || unsure).then_some(age)
     }
 
     fn backoff(&mut self) -> Duration {
@@ -138,16 +151,23 @@ pub(super) fn watch_addresses(cookie: u64, watch: AddressWatch, messages: mpsc::
 impl Enroller {
     /// Brings a namespace to what it should be, as far as can be told now.
     pub(super) async fn reconcile(&mut self, cookie: u64) {
-        let Some(tracked) = self.tracked.get(&cookie) else { return };
+        let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
         if tracked.busy || tracked.names.is_empty() {
             return;
         }
+        if let Some(owner) = &mut tracked.owner
+            && let Some(workload) = self.snapshot.pod(&owner.uid)
+        {
+            owner.workload = Some(Arc::clone(&workload.uid));
+        }
+        let Some(tracked) = self.tracked.get(&cookie) else { return };
         match self.step(cookie, tracked) {
             Step::Stay => {}
             Step::Ask(address) => self.ask(cookie, address),
             Step::Close => self.release(cookie, Release::Closed).await,
             Step::Exempt => {
-                if tracked.excluded || self.is_of_this_node(&tracked.addresses) {
+                let named = tracked.owner.as_ref().is_some_and(|owner| owner.workload.is_some());
+                if tracked.excluded || named || self.is_of_this_node(&tracked.addresses) {
                     self.claim_from_others(cookie);
                 }
                 self.release(cookie, Release::Exempt).await;
@@ -168,8 +188,9 @@ impl Enroller {
         let standing = if self.agents.has_node(cookie) {
             Standing::Exempt
         } else {
-            let told = classify::classify(&tracked.addresses, &tracked.phase, &self.snapshot, &tracked.unknown);
-            excluded::known(told, tracked)
+            let owner = tracked.owner.as_ref();
+            let told = classify::classify(&tracked.addresses, owner, &tracked.phase, &self.snapshot, &tracked.unknown);
+            pods::known(told, tracked)
         };
         classify::next(&tracked.phase, standing)
     }

@@ -1,7 +1,7 @@
 use super::*;
 use crate::model::snapshot::Edit;
 use crate::model::snapshot::tests::pod;
-use crate::model::{Action, Authorization, PeerAuthentication, PodAddresses, Rule, Scope, TunnelProtocol};
+use crate::model::{Action, Authorization, PeerAuthentication, PodAddresses, PodUid, Rule, Scope, Service, TunnelProtocol};
 
 const NODE: &str = "node-a";
 
@@ -23,8 +23,11 @@ fn snapshot(change: impl FnOnce(&mut Edit)) -> Snapshot {
 }
 
 fn step(phase: &Phase, addresses: &[&str], snapshot: &Snapshot, unknown: &[&str]) -> Step {
-    let set = |texts: &[&str]| texts.iter().map(|text| ip(text)).collect();
-    next(phase, classify(&set(addresses), phase, snapshot, &set(unknown)))
+    next(phase, classify(&set(addresses), None, phase, snapshot, &set(unknown)))
+}
+
+fn set(texts: &[&str]) -> BTreeSet<IpAddr> {
+    texts.iter().map(|text| ip(text)).collect()
 }
 
 fn enrolled(workload: &Workload) -> Phase {
@@ -125,6 +128,108 @@ fn an_enrolled_pod_that_lost_its_addresses_is_closed() {
     let pod = workload("a", &["10.0.0.1"]);
     let snapshot = snapshot(|edit| edit.upsert_workload(pod.clone()));
     assert_eq!(step(&enrolled(&pod), &["10.0.0.9"], &snapshot, &[]), Step::Close);
+}
+
+const UID: &str = "37182395";
+
+/// The pod of this name, by the API's word, while it has no address.
+fn unplaced(name: &str, uid: &str) -> Workload {
+    Workload { pod: Some(Arc::new(uid.into())), ..workload(name, &[]) }
+}
+
+/// What is next with a namespace that is the pod `UID`, which was `known` as a workload before.
+fn step_of_pod(phase: &Phase, addresses: &[&str], snapshot: &Snapshot, known: Option<&str>) -> Step {
+    let workload = known.map(|name| workload(name, &[]).uid);
+    let owner = Owner { uid: PodUid::from(UID), workload };
+    next(phase, classify(&set(addresses), Some(&owner), phase, snapshot, &set(addresses)))
+}
+
+#[test]
+fn a_pod_is_enrolled_with_its_namespaces_addresses_before_the_controller_knows_them() {
+    let snapshot = snapshot(|edit| edit.upsert_workload(unplaced("a", UID)));
+    let placed = Workload { pod: Some(Arc::new(UID.into())), ..workload("a", &["10.0.0.1", "fd00::1"]) };
+    for phase in [Phase::Pending, Phase::Exempt, Phase::Inherited] {
+        assert_eq!(step_of_pod(&phase, &["10.0.0.1", "fd00::1"], &snapshot, None), Step::Enrol(Arc::new(placed.clone())));
+    }
+    assert_eq!(step_of_pod(&Phase::Pending, &[], &snapshot, None), Step::Stay, "it has no network yet");
+    assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.1", "10.0.0.2"], &snapshot, None), Step::Stay, "either may be its own");
+}
+
+#[test]
+fn a_namespace_is_not_the_pod_of_another_uid_or_node() {
+    let other = snapshot(|edit| edit.upsert_workload(unplaced("a", "another")));
+    // Nobody is known by the address: as without a word of the node's, it is nobody's.
+    assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.1"], &other, None), Step::Exempt);
+    let elsewhere = snapshot(|edit| edit.upsert_workload(Workload { node: "node-b".into(), ..unplaced("a", UID) }));
+    assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.1"], &elsewhere, None), Step::Exempt);
+    let on_the_node = snapshot(|edit| edit.upsert_workload(Workload { host_network: true, ..unplaced("a", UID) }));
+    assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.1"], &on_the_node, None), Step::Stay);
+}
+
+#[test]
+fn nothing_is_torn_down_when_the_controller_tells_a_pods_addresses() {
+    let enrolled = enrolled(&Workload { pod: Some(Arc::new(UID.into())), ..workload("a", &["10.0.0.1", "fd00::1"]) });
+    let addresses = ["10.0.0.1", "fd00::1"];
+    let before = snapshot(|edit| edit.upsert_workload(unplaced("a", UID)));
+    let Phase::Enrolled(current) = &enrolled else { panic!("enrolled") };
+    let Step::Update(same) = step_of_pod(&enrolled, &addresses, &before, Some("a")) else { panic!("it stays enrolled") };
+    assert!(Arc::ptr_eq(&same, current), "nothing has changed");
+    let told = workload("a", &addresses);
+    let after = snapshot(|edit| edit.upsert_workload(told.clone()));
+    assert_eq!(step_of_pod(&enrolled, &addresses, &after, Some("a")), Step::Update(Arc::new(told)));
+    let others = workload("a", &["10.0.0.1"]);
+    let after = snapshot(|edit| edit.upsert_workload(others.clone()));
+    assert_eq!(step_of_pod(&enrolled, &addresses, &after, Some("a")), Step::Reenrol(Arc::new(others)));
+    assert_eq!(step_of_pod(&enrolled, &addresses, &snapshot(|_| ()), Some("a")), Step::Update(Arc::clone(current)));
+}
+
+#[test]
+fn a_pod_outside_of_the_mesh_is_left_alone_before_the_controller_knows_its_address() {
+    let outside = Workload { protocol: TunnelProtocol::None, ..unplaced("a", UID) };
+    let snapshot = snapshot(|edit| edit.upsert_workload(outside));
+    assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.1"], &snapshot, None), Step::Exempt);
+    assert_eq!(step_of_pod(&Phase::Exempt, &["10.0.0.1"], &snapshot, Some("a")), Step::Stay);
+    assert_eq!(step_of_pod(&Phase::Pending, &[], &snapshot, None), Step::Stay);
+}
+
+#[test]
+fn a_pod_at_an_address_that_the_controller_knows_as_anothers_stays_closed() {
+    let placed = Workload { pod: Some(Arc::new(UID.into())), ..workload("a", &["10.0.0.1"]) };
+    for outside in [false, true] {
+        let protocol = if outside { TunnelProtocol::None } else { TunnelProtocol::Hbone };
+        for stale in ["node-a", "node-b"] {
+            let of_another = snapshot(|edit| {
+                edit.upsert_workload(Workload { protocol, ..unplaced("a", UID) });
+                edit.upsert_workload(Workload { node: stale.into(), ..workload("old", &["10.0.0.1"]) });
+            });
+            for phase in [Phase::Pending, Phase::Inherited] {
+                assert_eq!(step_of_pod(&phase, &["10.0.0.1"], &of_another, None), Step::Stay);
+            }
+            let as_another = enrolled(&workload("old", &["10.0.0.1"]));
+            assert_eq!(step_of_pod(&as_another, &["10.0.0.1"], &of_another, None), Step::Close);
+            if !outside {
+                assert_eq!(step_of_pod(&enrolled(&placed), &["10.0.0.1"], &of_another, None), Step::Close);
+            }
+        }
+    }
+    let of_a_service = snapshot(|edit| {
+        edit.upsert_workload(unplaced("a", UID));
+        edit.upsert_service(Service { addresses: vec![ip("10.0.0.1")], ..crate::model::snapshot::tests::web() });
+    });
+    assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.1"], &of_a_service, None), Step::Stay);
+}
+
+#[test]
+fn a_namespace_whose_pod_was_known_never_becomes_another_by_its_address() {
+    let old = snapshot(|edit| edit.upsert_workload(workload("old", &["10.0.0.1"])));
+    let outside =
+        snapshot(|edit| edit.upsert_workload(Workload { protocol: TunnelProtocol::None, ..workload("old", &["10.0.0.1"]) }));
+    for snapshot in [&old, &outside] {
+        assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.1"], snapshot, Some("a")), Step::Stay);
+    }
+    let own = workload("a", &["10.0.0.1"]);
+    let told = snapshot(|edit| edit.upsert_workload(own.clone()));
+    assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.1"], &told, Some("a")), Step::Enrol(Arc::new(own)));
 }
 
 fn policy(scope: Scope) -> Authorization {
