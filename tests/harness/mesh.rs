@@ -9,8 +9,10 @@ use std::time::Duration;
 
 mod control;
 mod place;
+mod sandbox;
 
 pub use place::{Families, Pod, PodSpec, addresses, link_address, manifest, manifest_of};
+pub use sandbox::Sandbox;
 
 use crate::netns::Namespace;
 use crate::{Capture, Metrics, PATIENCE, Process, cgroup, eventually, eventually_within};

@@ -30,6 +30,7 @@ mod certificates;
 mod churn;
 mod encryption;
 mod ends;
+mod first_moment;
 mod issuance;
 mod limits;
 mod modes;
