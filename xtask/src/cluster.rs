@@ -19,6 +19,7 @@ mod kubernetes;
 mod network;
 mod node;
 mod node_files;
+mod options;
 mod pki;
 mod processes;
 mod source_cluster;
@@ -115,8 +116,12 @@ pub(crate) struct Up {
     /// Nodes as namespaces, with Kubernetes built from the distribution's source package, even where kind works.
     #[arg(long)]
     pub(crate) kubernetes_from_source: bool,
+    /// Nodes as namespaces, with the Kubernetes of this directory: its programs by their own names. etcd, containerd, runc and what else a node
+    /// runs are taken from there as well, where they are there.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) kubernetes: Option<PathBuf>,
     /// kind, or nothing.
-    #[arg(long, conflicts_with = "kubernetes_from_source")]
+    #[arg(long, conflicts_with_all = ["kubernetes_from_source", "kubernetes"])]
     pub(crate) kind: bool,
     /// Directories of docker-archive tars that the nodes shall have.
     #[arg(long)]
@@ -126,7 +131,13 @@ pub(crate) struct Up {
 impl Up {
     /// Two nodes, as this machine can have them.
     pub(crate) fn two_nodes() -> Self {
-        Self { nodes: 2, kubernetes_from_source: false, kind: false, images: Vec::new() }
+        Self { nodes: 2, kubernetes_from_source: false, kubernetes: None, kind: false, images: Vec::new() }
+    }
+
+    /// The directory that Kubernetes is to be taken from, if one is given, by its whole path.
+    fn given_programs(&self) -> Result<Option<PathBuf>> {
+        let find = |path: &PathBuf| std::fs::canonicalize(path).with_context(|| format!("looking for {}", path.display()));
+        self.kubernetes.as_ref().map(find).transpose()
     }
 }
 
@@ -285,6 +296,16 @@ impl Cluster {
                 "cluster {} is half made, or has another number of nodes: `cargo xtask cluster down` removes it",
                 self.name
             );
+            let (has, wanted) = (self.given_programs(), up.given_programs()?);
+            let name =
+                |programs: Option<PathBuf>| programs.map_or("no given directory".into(), |path| path.display().to_string());
+            ensure!(
+                has == wanted,
+                "cluster {} has the Kubernetes of {}, not of {}: `cargo xtask cluster down` removes it",
+                self.name,
+                name(has),
+                name(wanted)
+            );
             eprintln!("cluster {} is up, made {}", self.name, maker.way());
             images::own(&self.path("images"))?;
             self.import(&[&[self.path("images")], up.images.as_slice()].concat())?;
@@ -356,6 +377,16 @@ impl Cluster {
         let own = self.path("bin/kubectl");
         if own.exists() { Ok(own) } else { setup::find("kubectl").context("no kubectl on the PATH") }
     }
+
+    /// The directory that its Kubernetes was taken from, if one was given.
+    fn given_programs(&self) -> Option<PathBuf> {
+        std::fs::read_to_string(self.path("kubernetes")).ok().map(PathBuf::from)
+    }
+
+    /// Where nodes and control plane look for programs: those of the cluster first.
+    fn search_path(&self) -> String {
+        format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", self.path("bin").display())
+    }
 }
 
 impl Maker {
@@ -376,7 +407,7 @@ impl Maker {
 
 /// kind where it works, unless told.
 fn choose(up: &Up) -> Result<Maker> {
-    if up.kubernetes_from_source {
+    if up.kubernetes_from_source || up.kubernetes.is_some() {
         return Ok(Maker::Source);
     }
     match kind::missing() {

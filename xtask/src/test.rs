@@ -53,6 +53,9 @@ pub(crate) struct ClusterOptions {
     /// The cluster tests run on the cluster that this names, and make none. Its nodes must have the images.
     #[arg(long)]
     kubeconfig: Option<PathBuf>,
+    /// The cluster that is made for the cluster tests has the Kubernetes of this directory, as with `cluster up`.
+    #[arg(long, value_name = "DIR", conflicts_with = "kubeconfig")]
+    kubernetes: Option<PathBuf>,
     /// Leaves the cluster running that the cluster tests have made; they use it again the next time.
     #[arg(long)]
     keep: bool,
@@ -132,7 +135,7 @@ fn cluster(filter: Option<&str>, options: &ClusterOptions) -> Result<()> {
         return run_program(command.env("KUBECONFIG", kubeconfig));
     }
     let guard = Guard::new(&Cluster::named(CLUSTER)?)?;
-    let outcome = installed::up(CLUSTER, &binary, VALUES).and_then(|cluster| {
+    let outcome = installed::up(CLUSTER, &binary, VALUES, options.kubernetes.as_deref()).and_then(|cluster| {
         installed::hand_over(&cluster, CLUSTER, &mut command)?;
         run_program(&mut command)
     });

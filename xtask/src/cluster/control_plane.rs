@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::network::{CONTROL_PLANE, CONTROL_PLANE_ADDR, DNS_SERVICE, SERVICES};
 use super::node::Node;
 use super::processes::{self, Ready};
-use super::{Cluster, network, pki};
+use super::{Cluster, network, options, pki};
 
 const ETCD: &str = "http://127.0.0.1:2379";
 const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
@@ -29,7 +29,8 @@ pub(super) fn start(cluster: &Cluster, nodes: &[Node<'_>]) -> Result<()> {
 
 /// Starts the API server, and waits until it serves.
 pub(super) fn start_api_server(cluster: &Cluster) -> Result<()> {
-    start_program(cluster, "kube-apiserver", &api_server(cluster), Ready::Notified)?;
+    let arguments = [api_server(cluster), options::api_server(cluster)?].concat();
+    start_program(cluster, "kube-apiserver", &arguments, Ready::Notified)?;
     processes::retry(|| {
         let output = kubectl(cluster).args(["get", "--raw", "/readyz"]).output()?;
         ensure!(output.stdout == b"ok", "the API server is not ready: {}", String::from_utf8_lossy(&output.stderr).trim());
@@ -90,6 +91,7 @@ fn start_own(cluster: &Cluster, verb: &str, ready: Ready) -> Result<()> {
 fn start_etcd(cluster: &Cluster) -> Result<()> {
     let peer = "http://127.0.0.1:2380";
     let mut command = network::inside(&cluster.netns(CONTROL_PLANE), "etcd");
+    command.env("PATH", cluster.search_path());
     command.arg("--data-dir").arg(cluster.path("etcd"));
     command.args(["--listen-client-urls", ETCD, "--advertise-client-urls", ETCD]);
     command.args(["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]);

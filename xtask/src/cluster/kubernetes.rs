@@ -61,6 +61,21 @@ pub(super) fn programs(cluster: &Cluster) -> Result<PathBuf> {
     Ok(built)
 }
 
+/// The directory of programs that somebody else has built.
+///
+/// # Errors
+/// When one that a cluster needs is missing.
+pub(super) fn given(directory: &Path) -> Result<&Path> {
+    let missing: Vec<&str> = PROGRAMS.into_iter().filter(|program| !directory.join(program).is_file()).collect();
+    ensure!(
+        missing.is_empty(),
+        "{} lacks {}: give a directory that has Kubernetes' programs",
+        directory.display(),
+        missing.join(", ")
+    );
+    Ok(directory)
+}
+
 /// Gets and unpacks the source package, by lists of package sources of its own: the machine's say where, but rarely have sources.
 fn source(work: &Path) -> Result<PathBuf> {
     let (parts, lists, package) = (work.join("apt/parts"), work.join("apt/lists"), work.join("package"));

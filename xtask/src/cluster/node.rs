@@ -89,7 +89,7 @@ impl<'a> Node<'a> {
     pub(super) fn start_program(&self, program: &str, ready: Ready) -> Result<()> {
         ensure!(self.program(program).is_none(), "{program} of {} runs already", self.name());
         let mut command = self.enter()?;
-        command.args(node_files::command_line(self, program));
+        command.args(node_files::command_line(self, program)?);
         processes::start(self.cluster, &format!("{}-{program}", self.name()), &mut command, ready)
     }
 
@@ -142,8 +142,7 @@ impl<'a> Node<'a> {
         let Some(init) = self.init() else { bail!("{} does not run", self.name()) };
         let mut command = Command::new("nsenter");
         command.args(["--target", &init.pid.to_string(), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--"]);
-        let programs = self.cluster.path("bin");
-        command.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", programs.display()));
+        command.env("PATH", self.cluster.search_path());
         Ok(command)
     }
 

@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::node::{Node, words};
-use super::{images, network, pki};
+use super::{images, network, options, pki};
 
 /// Where containerd serves, in the node.
 const CONTAINERD: &str = "unix:///run/containerd/containerd.sock";
@@ -28,9 +28,12 @@ pub(super) fn write(node: &Node<'_>) -> Result<()> {
 }
 
 /// A program with its arguments.
-pub(super) fn command_line(node: &Node<'_>, program: &str) -> Vec<OsString> {
+///
+/// # Errors
+/// When the program does not say what options it has.
+pub(super) fn command_line(node: &Node<'_>, program: &str) -> Result<Vec<OsString>> {
     let kubeconfig = pki::file(node.cluster(), &node.name(), "kubeconfig");
-    match program {
+    let mut words = match program {
         "containerd" => words([&program, &"--config", &node.path("containerd.toml")]),
         "kubelet" => words([
             &program,
@@ -38,7 +41,6 @@ pub(super) fn command_line(node: &Node<'_>, program: &str) -> Vec<OsString> {
             &node.path("kubelet.yaml"),
             &"--kubeconfig",
             &kubeconfig,
-            &"--container-runtime=remote",
             &"--container-runtime-endpoint",
             &CONTAINERD,
             &"--hostname-override",
@@ -48,7 +50,11 @@ pub(super) fn command_line(node: &Node<'_>, program: &str) -> Vec<OsString> {
             &"--v=2",
         ]),
         _ => words([&program, &"--config", &node.path(&format!("{program}.yaml"))]),
+    };
+    if program == "kubelet" {
+        words.extend(options::kubelet(node.cluster())?.into_iter().map(OsString::from));
     }
+    Ok(words)
 }
 
 /// Containers in the distribution's runc. A machine may keep CAP_SYS_RESOURCE from us, and then no process can be made less likely to be

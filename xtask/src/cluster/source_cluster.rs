@@ -16,7 +16,11 @@ use crate::setup::{self, Scope};
 /// Makes the cluster, and waits until each node is ready.
 pub(super) fn up(cluster: &Cluster, up: &Up) -> Result<()> {
     setup::ensure(Scope::Cluster)?;
-    let programs = kubernetes::programs(cluster)?;
+    let given = up.given_programs()?;
+    let programs = match &given {
+        Some(directory) => kubernetes::given(directory)?.to_owned(),
+        None => kubernetes::programs(cluster)?,
+    };
     // In memory: etcd and containerd ask for each write to be on the disk, and nothing here shall survive the machine.
     mount(Some("tmpfs"), &cluster.dir(), Some("tmpfs"), MsFlags::empty(), Some("mode=755"))
         .context("mounting the cluster's directory")?;
@@ -24,6 +28,9 @@ pub(super) fn up(cluster: &Cluster, up: &Up) -> Result<()> {
     let names: Vec<String> = nodes.iter().map(Node::name).collect();
     fs::write(cluster.path("nodes"), names.join("\n"))?;
     fs::write(cluster.path("maker"), Maker::Source.word())?;
+    if let Some(directory) = given {
+        fs::write(cluster.path("kubernetes"), directory.as_os_str().as_encoded_bytes())?;
+    }
     copy_programs(&programs, &cluster.path("bin"))?;
     fs::copy("/proc/self/exe", cluster.own_program()).context("copying this program")?;
     let mut archives = images::own(&cluster.path("images"))?;
