@@ -1,7 +1,7 @@
 //! Promise: a pod that gets the address of another one gets nothing else of it: no identity, no verdict, no mode and no tunnel.
 
 use harness::Cluster;
-use harness::cluster::{ENROLLED, PodSpec, Refusal};
+use harness::cluster::{ENROLLED, PodSpec, Refusal, not_run};
 use serde_json::{Value, json};
 
 const MESH: &str = "succession";
@@ -38,7 +38,7 @@ fn set_up(cluster: Cluster) {
 fn a_pod_at_the_address_of_another_has_nothing_of_its_identity_mode_or_tunnels() {
     let cluster = Cluster;
     if !cluster.is_ours() {
-        return eprintln!("which address a pod of this cluster gets cannot be chosen: not tried");
+        return not_run("which address a pod of this cluster gets cannot be chosen");
     }
     let nodes = cluster.nodes();
     let _namespaces = [cluster.namespace(MESH, &[ENROLLED]), cluster.namespace(PLAIN, &[])];

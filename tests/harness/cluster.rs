@@ -5,6 +5,7 @@ mod account;
 mod capture;
 mod culvert;
 mod disturb;
+mod offer;
 mod pod;
 mod traffic;
 mod trouble;
@@ -21,6 +22,7 @@ pub use account::user;
 pub use capture::{Flow, NodeCapture};
 pub use culvert::{CULVERT, ENROLLED, StrictMesh, TUNNEL};
 pub use disturb::Stopped;
+pub use offer::not_run;
 pub use pod::{IMAGE, PodSpec, Refusal, Seen, seen};
 pub use traffic::Second;
 
