@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use harness::cluster::{ENROLLED, IMAGE, PodSpec, Refusal};
+use harness::cluster::{ENROLLED, IMAGE, PodSpec, Refusal, not_run};
 use harness::{Cluster, eventually_within};
 use serde_json::{Value, json};
 
@@ -39,28 +39,26 @@ fn restarts(cluster: Cluster, namespace: &str) -> Vec<(String, u64)> {
     cluster.list(namespace, "pods").iter().map(of).collect()
 }
 
+fn is_ready(pod: &Value) -> bool {
+    let conditions = pod["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    conditions.iter().any(|condition| condition["type"] == "Ready" && condition["status"] == "True")
+}
+
 #[test]
-fn probes_of_every_kind_succeed_under_strict_and_are_counted() {
+fn probes_over_http_and_tcp_and_by_a_program_succeed_under_strict_and_are_counted() {
     let cluster = Cluster;
     let node = &cluster.nodes()[0];
     let namespace = cluster.namespace("probed", &[ENROLLED]);
     cluster.mode(namespace.name(), "STRICT");
     let before = cluster.outcomes(node, "admitted_probe");
-    let mut kinds = vec![
+    let kinds = [
         ("http", json!({"httpGet": {"port": 8081, "path": "/"}})),
         ("tcp", json!({"tcpSocket": {"port": 8080}})),
         ("exec", json!({"exec": {"command": ["/app", "grpc-health", "127.0.0.1:8082"]}})),
     ];
-    let version: Value = serde_json::from_str(&cluster.kubectl(&["get", "--raw", "/version"])).expect("JSON");
-    let minor = version["minor"].as_str().unwrap_or_default().trim_end_matches('+').parse::<u32>().expect("a number");
-    if minor >= 24 {
-        kinds.push(("grpc", json!({"grpc": {"port": 8082}})));
-    } else {
-        eprintln!("this API server offers no gRPC probes: not tried");
-    }
     let pods: Vec<PodSpec<'_>> = kinds.iter().map(|(name, action)| probed(namespace.name(), name, node, action)).collect();
     cluster.pods(&pods);
-    // Two kinds at least go over the network, each second, for liveness and readiness.
+    // Two kinds go over the network, each second, for liveness and readiness.
     eventually_within(Duration::from_secs(30), "probes are counted", || cluster.outcomes(node, "admitted_probe") >= before + 16);
     for (name, _) in &kinds {
         cluster.wait_condition(namespace.name(), &format!("pod/{name}"), "Ready");
@@ -70,6 +68,39 @@ fn probes_of_every_kind_succeed_under_strict_and_are_counted() {
         "{:?}",
         restarts(cluster, namespace.name())
     );
+}
+
+#[test]
+fn a_grpc_probe_of_the_kubelets_own_succeeds_under_strict_and_nobody_elses_question_does() {
+    let cluster = Cluster;
+    let nodes = cluster.nodes();
+    let (mesh, plain) = (cluster.namespace("probed-grpc", &[ENROLLED]), cluster.namespace("probed-grpc-plain", &[]));
+    cluster.mode(mesh.name(), "STRICT");
+    let server = probed(mesh.name(), "server", &nodes[0], &json!({"grpc": {"port": 8082}}));
+    if !cluster.keeps(&server.object(), "/spec/containers/0/livenessProbe/grpc/port") {
+        return not_run("this API server offers no gRPC probes");
+    }
+    let before = cluster.outcomes(&nodes[0], "admitted_probe");
+    // It asks where nobody answers.
+    let mut deaf = PodSpec::new(mesh.name(), "deaf", &nodes[0]);
+    deaf.more = json!({"containers": [{
+        "name": "app", "image": IMAGE, "args": ["serve"], "readinessProbe": probe(&json!({"grpc": {"port": 8083}})),
+    }]});
+    cluster.apply(&deaf.object());
+    let address = cluster.pods(&[server, PodSpec::new(plain.name(), "stranger", &nodes[0])]).swap_remove(0);
+    eventually_within(Duration::from_secs(30), "probes are counted", || {
+        cluster.outcomes(&nodes[0], "admitted_probe") >= before + 8
+    });
+    let is_unhealthy = |event: &Value| event["reason"] == "Unhealthy" && event["involvedObject"]["name"] == "deaf";
+    eventually_within(Duration::from_secs(30), "a probe that fails is told", || {
+        cluster.list(mesh.name(), "events").iter().any(is_unhealthy)
+    });
+    assert!(!is_ready(&cluster.get(mesh.name(), "pod", "deaf")), "a pod is ready that nobody serves in");
+    assert!(is_ready(&cluster.get(mesh.name(), "pod", "server")), "the pod that serves is not ready");
+    assert!(restarts(cluster, mesh.name()).iter().all(|(_, count)| *count == 0), "{:?}", restarts(cluster, mesh.name()));
+    let question = ["/app", "grpc-health", &format!("{address}:8082")];
+    let refused = cluster.exec(plain.name(), "stranger", &question).expect_err("a stranger's question is no probe");
+    assert!(refused.contains("refused"), "{refused}");
 }
 
 #[test]

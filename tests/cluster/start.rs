@@ -4,7 +4,7 @@
 use std::sync::mpsc::{Sender, channel};
 
 use harness::Cluster;
-use harness::cluster::{ENROLLED, IMAGE, PodSpec};
+use harness::cluster::{ENROLLED, IMAGE, PodSpec, not_run};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -162,4 +162,53 @@ fn jobs_of_the_mesh_finish_and_others_are_refused() {
     cluster.wait_condition(plain.name(), "job/caller", "Failed");
     assert_eq!(cluster.get(mesh.name(), "job", "caller")["status"]["succeeded"], 4);
     assert!(cluster.get(plain.name(), "job", "caller")["status"]["succeeded"].is_null());
+}
+
+/// A job one of whose containers is a sidecar of the kubelet's own: it starts first, goes on beside the others, and ends with them. It talks
+/// to a server from its first moment, for so many seconds at most, and serves then; the job's program talks to it, and to the server.
+fn accompanied(namespace: &str, server: &str, patience: u32) -> Value {
+    let talk = format!("/app connect {server} --say from-the-sidecar --retry-for {patience}; exec /app serve");
+    let work = format!("/app connect 127.0.0.1:8080 && /app connect {server} --retry-for {patience}");
+    json!({
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "accompanied", "namespace": namespace},
+        "spec": {
+            "backoffLimit": 0,
+            "template": {"spec": {
+                "restartPolicy": "Never",
+                "initContainers": [{
+                    "name": "sidecar",
+                    "image": IMAGE,
+                    "command": ["sh", "-c", talk],
+                    "restartPolicy": "Always",
+                    "startupProbe": {"tcpSocket": {"port": 8080}, "periodSeconds": 1, "failureThreshold": 60},
+                }],
+                "containers": [{"name": "app", "image": IMAGE, "command": ["sh", "-c", work]}],
+            }},
+        },
+    })
+}
+
+#[test]
+fn a_job_with_a_sidecar_of_the_kubelets_own_finishes_in_the_mesh_and_is_refused_outside() {
+    let cluster = Cluster;
+    let nodes = cluster.nodes();
+    let mesh = cluster.namespace("sidecars", &[ENROLLED]);
+    let plain = cluster.namespace("sidecars-plain", &[]);
+    cluster.mode(mesh.name(), "STRICT");
+    let server = format!("{}:8080", cluster.pods(&[PodSpec::new(mesh.name(), "server", &nodes[1])])[0]);
+    let mut sidecar = PodSpec::new(mesh.name(), "sidecar", &nodes[0]);
+    sidecar.more = json!({"initContainers": [{"name": "sidecar", "image": IMAGE, "restartPolicy": "Always"}]});
+    if !cluster.keeps(&sidecar.object(), "/spec/initContainers/0/restartPolicy") {
+        return not_run("this API server offers no sidecars among the init containers");
+    }
+    let mut capture = cluster.capture(&nodes[1]);
+    cluster.apply(&accompanied(mesh.name(), &server, 20));
+    cluster.apply(&accompanied(plain.name(), &server, 2));
+    cluster.wait_condition(mesh.name(), "job/accompanied", "Complete");
+    cluster.wait_condition(plain.name(), "job/accompanied", "Failed");
+    assert!(!capture.shows("from-the-sidecar"), "a sidecar of the mesh talked in the clear");
+    let log = cluster.kubectl(&["--namespace", mesh.name(), "logs", "job/accompanied", "--container=sidecar"]);
+    assert!(log.contains("from-the-sidecar"), "the sidecar was not answered: {log}");
 }
