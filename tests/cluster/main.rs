@@ -11,6 +11,7 @@ mod outages;
 mod outside;
 mod probes;
 mod rights;
+mod roots;
 mod stage;
 mod start;
 mod successor;

@@ -20,7 +20,7 @@ const EVERYWHERE: [&str; 15] = [
     "update peerauthentications.security.istio.io/status",
     "create patch events",
     "list watch create patch configmaps culvert-root-cert",
-    "create patch clustertrustbundles.certificates.k8s.io culvert.dev:mesh:root",
+    "list watch create patch clustertrustbundles.certificates.k8s.io culvert.dev:mesh:root",
     "attest signers.certificates.k8s.io culvert.dev/mesh",
 ];
 /// And in its own namespace.

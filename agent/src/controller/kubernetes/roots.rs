@@ -1,8 +1,8 @@
 //! Publishes the roots to trust where agents and others find them.
 //!
 //! Enters: the authority's roots, the namespaces with enrolled pods, and what is published now. Leaves: a ConfigMap in each of those
-//! namespaces and in the system namespace, and a ClusterTrustBundle where the API has them. What somebody else changed or removed
-//! is put right. A namespace that no longer has enrolled pods keeps its ConfigMap: jobs come and go, and it holds no secret.
+//! namespaces and in the system namespace, and a ClusterTrustBundle where and as soon as the API has them. What somebody else changed
+//! or removed is put right. A namespace that no longer has enrolled pods keeps its ConfigMap: jobs come and go, and it holds no secret.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -34,6 +34,8 @@ pub const SIGNER: &str = "culvert.dev/mesh";
 
 const TRUST_BUNDLES: Resource =
     Resource { group: "certificates.k8s.io", versions: &["v1", "v1beta1", "v1alpha1"], plural: "clustertrustbundles" };
+/// The namespace of what is in none.
+const NOWHERE: &str = "";
 /// The first and the longest wait after a failure.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 /// The least time between two rounds, so that two replicas that differ for a moment do not chase each other.
@@ -52,12 +54,15 @@ pub fn start(
         namespace: None,
         fields: Some(format!("metadata.name={CONFIG_MAP}")),
     };
-    let events = follow::start(client.clone(), collection);
-    let publisher = Publisher { client, system, published: BTreeMap::new(), listed: BTreeMap::new(), known: false, bundle: None };
+    let maps = follow::start(client.clone(), collection);
+    let collection =
+        Collection { resource: TRUST_BUNDLES, namespace: None, fields: Some(format!("metadata.name={TRUST_BUNDLE}")) };
+    let bundles = follow::start(client.clone(), collection);
+    let publisher = Publisher { client, system, maps: Published::new(read_map), bundles: Published::new(read_bundle) };
     tokio::spawn(async move {
         tokio::select! {
             () = stop.cancelled() => {}
-            () = publisher.run(roots, namespaces, events) => {}
+            () = publisher.run(roots, namespaces, maps, bundles) => {}
         }
     });
 }
@@ -65,13 +70,20 @@ pub fn start(
 struct Publisher {
     client: Client,
     system: String,
-    /// The text in each namespace that has the ConfigMap.
-    published: BTreeMap<String, String>,
+    /// The ConfigMaps, by namespace.
+    maps: Published,
+    /// The ClusterTrustBundle, which is in no namespace.
+    bundles: Published,
+}
+
+/// What is published now in the objects of one kind.
+struct Published {
+    /// The text in each namespace that has the object.
+    texts: BTreeMap<String, String>,
     listed: BTreeMap<String, String>,
-    /// Whether `published` is known by now.
+    /// Whether `texts` is known by now: not before the first list, nor where the API has no such kind.
     known: bool,
-    /// The text in the ClusterTrustBundle, as far as it was written here.
-    bundle: Option<String>,
+    read: fn(&RawValue) -> Option<(String, String)>,
 }
 
 impl Publisher {
@@ -79,7 +91,8 @@ impl Publisher {
         mut self,
         mut roots: watch::Receiver<Arc<[CertificateDer<'static>]>>,
         mut namespaces: watch::Receiver<BTreeSet<Arc<str>>>,
-        mut events: mpsc::Receiver<Event>,
+        mut maps: mpsc::Receiver<Event>,
+        mut bundles: mpsc::Receiver<Event>,
     ) {
         let mut backoff = Backoff::new(RETRY.0, RETRY.1);
         loop {
@@ -96,32 +109,33 @@ impl Publisher {
             let alive = tokio::select! {
                 changed = roots.changed() => changed.is_ok(),
                 changed = namespaces.changed() => changed.is_ok(),
-                event = events.recv() => event.map(|event| self.note(event)).is_some(),
+                event = maps.recv() => event.map(|event| self.maps.note(event)).is_some(),
+                event = bundles.recv() => event.map(|event| self.bundles.note(event)).is_some(),
                 () = tokio::time::sleep(retry) => true,
             };
             if !alive {
                 return;
             }
-            while let Ok(event) = events.try_recv() {
-                self.note(event);
+            while let Ok(event) = maps.try_recv() {
+                self.maps.note(event);
+            }
+            while let Ok(event) = bundles.try_recv() {
+                self.bundles.note(event);
             }
         }
     }
 
     /// Writes what differs. Gives whether everything is as it should be.
     async fn publish(&mut self, text: &str, namespaces: &BTreeSet<String>) -> bool {
-        if !self.known {
-            return true;
-        }
         let mut well = true;
-        for namespace in namespaces {
-            if self.published.get(namespace).is_some_and(|published| published == text) {
+        for namespace in namespaces.iter().filter(|_| self.maps.known) {
+            if self.maps.has(namespace, text) {
                 continue;
             }
             match self.apply(namespace, text).await {
                 Ok(()) => {
                     debug!(namespace, "published the roots");
-                    self.published.insert(namespace.clone(), text.to_owned());
+                    self.maps.texts.insert(namespace.clone(), text.to_owned());
                 }
                 // A namespace that is being removed takes nothing, and needs nothing.
                 Err(error) if error.is_absent() || is_ending(&error) => debug!(namespace, %error, "roots not published"),
@@ -131,9 +145,9 @@ impl Publisher {
                 }
             }
         }
-        if self.bundle.as_deref() != Some(text) {
+        if self.bundles.known && !self.bundles.has(NOWHERE, text) {
             match self.apply_bundle(text).await {
-                Ok(()) => self.bundle = Some(text.to_owned()),
+                Ok(()) => drop(self.bundles.texts.insert(NOWHERE.to_owned(), text.to_owned())),
                 Err(error) => {
                     warn!("the roots are not published as ClusterTrustBundle {TRUST_BUNDLE}: {error}");
                     well = false;
@@ -167,26 +181,45 @@ impl Publisher {
         info!("published the roots as ClusterTrustBundle {TRUST_BUNDLE} ({})", offered.api_version());
         Ok(())
     }
+}
+
+impl Published {
+    fn new(read: fn(&RawValue) -> Option<(String, String)>) -> Self {
+        Self { texts: BTreeMap::new(), listed: BTreeMap::new(), known: false, read }
+    }
+
+    /// Whether this text is published in a namespace.
+    fn has(&self, namespace: &str, text: &str) -> bool {
+        self.texts.get(namespace).is_some_and(|published| published == text)
+    }
 
     fn note(&mut self, event: Event) {
+        let read = self.read;
         match event {
             Event::Listed(objects) => self.listed.extend(objects.iter().filter_map(|object| read(object))),
             Event::Complete(_) => {
-                self.published = std::mem::take(&mut self.listed);
+                self.texts = std::mem::take(&mut self.listed);
                 self.known = true;
             }
-            Event::Changed(object) => self.published.extend(read(&object)),
-            Event::Removed(object) => drop(read(&object).and_then(|(namespace, _)| self.published.remove(&namespace))),
-            Event::Reached(_) | Event::Absent => {}
+            Event::Changed(object) => self.texts.extend(read(&object)),
+            Event::Removed(object) => drop(read(&object).and_then(|(namespace, _)| self.texts.remove(&namespace))),
+            Event::Absent => self.known = false,
+            Event::Reached(_) => {}
             Event::Failed(error) => debug!(%error, "the published roots are not followed"),
         }
     }
 }
 
 /// The namespace of a ConfigMap, and what it publishes.
-fn read(object: &RawValue) -> Option<(String, String)> {
+fn read_map(object: &RawValue) -> Option<(String, String)> {
     let map: ConfigMap = serde_json::from_str(object.get()).ok()?;
     Some((map.metadata.namespace?, map.data.and_then(|mut data| data.remove(KEY)).unwrap_or_default()))
+}
+
+/// What a ClusterTrustBundle publishes. It is read by the one field that all versions of it have.
+fn read_bundle(object: &RawValue) -> Option<(String, String)> {
+    let bundle: serde_json::Value = serde_json::from_str(object.get()).ok()?;
+    Some((NOWHERE.to_owned(), bundle["spec"]["trustBundle"].as_str().unwrap_or_default().to_owned()))
 }
 
 /// Whether the namespace is being removed.

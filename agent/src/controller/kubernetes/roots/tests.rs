@@ -89,6 +89,33 @@ async fn the_trust_bundle_is_published_where_the_api_has_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_trust_bundle_that_somebody_changes_or_removes_is_put_right_and_one_that_the_api_comes_to_have_is_published() {
+    let (server, root) = (ApiServer::new(), root());
+    let _published = publish(&server, std::slice::from_ref(&root), &[]);
+    let right = |server: &ApiServer| {
+        let bundle = server.object("certificates.k8s.io", "clustertrustbundles", "", TRUST_BUNDLE);
+        bundle.is_some_and(|bundle| bundle["spec"]["trustBundle"] == pem_of(&root))
+    };
+    server.until("the roots are published without it", |server| server.all("configmaps").len() == 1).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    server.offer("certificates.k8s.io", "v1beta1", &["clustertrustbundles"]);
+    server.until("published", right).await;
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let patches = server.requests("PATCH");
+    server.put(&format!(
+        "{{apiVersion: certificates.k8s.io/v1beta1, kind: ClusterTrustBundle, metadata: {{name: '{TRUST_BUNDLE}'}}, \
+         spec: {{signerName: {SIGNER}, trustBundle: forged}}}}"
+    ));
+    assert!(!right(&server));
+    server.until("put right", right).await;
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    server.delete("certificates.k8s.io", "clustertrustbundles", "", TRUST_BUNDLE);
+    server.until("made again", right).await;
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    assert_eq!(server.requests("PATCH"), patches + 2, "it is written when it differs, and not otherwise");
+}
+
+#[tokio::test(start_paused = true)]
 async fn two_replicas_leave_each_other_alone_and_an_api_server_that_is_down_is_waited_for() {
     let (server, old, new) = (ApiServer::new(), root(), root());
     server.set_down(true);
