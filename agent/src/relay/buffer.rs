@@ -12,7 +12,7 @@ pub const RECORD: usize = 5 + 16_384 + 256;
 
 /// How large a buffer is, in records. A connection starts with the smallest and takes a larger one once it has filled its own:
 /// few bytes need no large buffer, many need few calls.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Size {
     /// One record.
     #[default]

@@ -19,8 +19,9 @@
 //! kind, or one out of turn, ends the connection.
 //!
 //! Behind an OPEN, in the same record, the dialler may send one DATA at once, which the acceptor forgets when it refuses; behind an
-//! ANSWER to that, in the same record, DATA or FIN may follow. An acceptor that ends a tunnel of its own accord says so by TLS's `close_notify`, and has then acted on nothing that came after the last stream:
-//! only by that a dialler knows that it may send those bytes again elsewhere.
+//! ANSWER to that, in the same record, DATA or FIN may follow. An acceptor that ends a tunnel of its own accord says so by TLS's
+//! `close_notify`, and has then acted on nothing that came after the last stream: only by that a dialler knows that it may send those
+//! bytes again elsewhere.
 
 use std::future::{Future, poll_fn};
 use std::io;
@@ -39,6 +40,7 @@ use super::ACCEPTED_IDLE;
 use super::record::LARGEST_PAYLOAD;
 use super::tls_stream::{RecordReader, RecordWriter, TlsStream};
 use crate::model::CloseReason;
+use crate::relay::buffer::Size;
 use crate::relay::tcp::{ResetOnDrop, Watch};
 use crate::relay::{Broken, Fault, Sink, Slices, Source};
 
@@ -355,7 +357,7 @@ impl SingleSink {
 
     /// Moves the destination's first bytes along with the answer, which waits no longer than its time.
     fn poll_answer<S: Source>(&mut self, cx: &mut Context<'_>, source: &mut S, looks: u8) -> Poll<Result<usize, Fault>> {
-        let moved = self.writer.poll_move_one(cx, source, frame::connected_and_data_head);
+        let moved = self.writer.poll_move(cx, source, Size::Small, frame::connected_and_data_head);
         match (&moved, looks.checked_sub(1)) {
             // The end of what there is goes with the answer, too.
             (Poll::Ready(Ok(0) | Err(_)), _) => {}
@@ -394,7 +396,7 @@ impl Sink for SingleSink {
             return Poll::Ready(Ok(sent_already));
         }
         match self.answer_waits {
-            None => self.writer.poll_move(cx, source, frame::data_head),
+            None => self.writer.poll_move(cx, source, Size::Large, frame::data_head),
             Some(looks) => self.poll_answer(cx, source, looks),
         }
     }

@@ -265,34 +265,16 @@ impl RecordReader {
 }
 
 impl RecordWriter {
-    /// Reads from `source` straight into records, seals them and sends them. `head` makes what stands in front of each record's
-    /// payload, from its length. Says how many bytes were read; 0 when the source has finished.
+    /// Reads from `source` straight into records, no more than `largest` has, seals them and sends them. `head` makes what stands in front
+    /// of each record's payload, from its length. Says how many bytes were read; 0 when the source has finished.
     pub(super) fn poll_move<const N: usize, S: Source>(
         &mut self,
         cx: &mut Context<'_>,
         source: &mut S,
+        largest: Size,
         head: impl Fn(usize) -> [u8; N],
     ) -> Poll<Result<usize, Fault>> {
-        self.poll_move_by(cx, source, self.wanted, head)
-    }
-
-    /// The same, with one record at the most.
-    pub(super) fn poll_move_one<const N: usize, S: Source>(
-        &mut self,
-        cx: &mut Context<'_>,
-        source: &mut S,
-        head: impl Fn(usize) -> [u8; N],
-    ) -> Poll<Result<usize, Fault>> {
-        self.poll_move_by(cx, source, Size::Small, head)
-    }
-
-    fn poll_move_by<const N: usize, S: Source>(
-        &mut self,
-        cx: &mut Context<'_>,
-        source: &mut S,
-        size: Size,
-        head: impl Fn(usize) -> [u8; N],
-    ) -> Poll<Result<usize, Fault>> {
+        let size = self.wanted.min(largest);
         ready!(self.poll_ready(cx)).map_err(|_error| Fault::Sink)?;
         let mut buffer = Buffer::take(size);
         let (before, most) = (HEAD + N, LARGEST_PAYLOAD - N);

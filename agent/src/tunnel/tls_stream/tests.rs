@@ -274,7 +274,7 @@ async fn records_are_made_from_what_a_source_reads() {
     let payload: Vec<u8> = (0..500_000_u32).map(|place| place as u8).collect();
     let send = async {
         let mut given = Bytes::new(&payload);
-        while poll_fn(|cx| client.writer.poll_move(cx, &mut given, |_| [9, 9])).await.expect("open") > 0 {}
+        while poll_fn(|cx| client.writer.poll_move(cx, &mut given, Size::Large, |_| [9, 9])).await.expect("open") > 0 {}
         client.shutdown().await.expect("open");
     };
     let mut seen = Vec::new();
