@@ -1,7 +1,7 @@
 //! Pods in and out: the task that knows every network namespace of the node and keeps the kernel's view of it.
 //!
-//! Enters: namespaces that appear and vanish, their addresses and pods, snapshots, and what the programs refused. Leaves: [`PodEvent`]s, and
-//! entries in the maps. One task owns all state; what blocks runs on other threads and comes back as a `Message`. A
+//! Enters: namespaces that appear and vanish, their addresses and pods, snapshots, and what the programs refused. Leaves:
+//! [`PodEvent`]s, and entries in the maps. One task owns all state; what blocks runs on other threads and comes back as a `Message`. A
 //! namespace is open only after it is known to be none of ours, or fully enrolled; in every other moment nothing leaves it.
 
 mod classify;

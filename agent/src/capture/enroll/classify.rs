@@ -1,7 +1,7 @@
 //! What a network namespace is to the mesh, and what has to happen to make the kernel agree. Pure.
 //!
-//! Enters: the namespace's addresses, its pod if the node has said, the snapshot, and what the namespace was so far. Leaves: one [`Step`]. Whatever cannot be told
-//! leaves the namespace closed; a pod that was enrolled stays so until something says otherwise.
+//! Enters: the namespace's addresses, its pod if the node has said, the snapshot, and what the namespace was so far. Leaves: one
+//! [`Step`]. Whatever cannot be told leaves the namespace closed; a pod that was enrolled stays so until something says otherwise.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
