@@ -5,15 +5,14 @@
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::{
-    bpf_get_current_cgroup_id, bpf_get_current_pid_tgid, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_getsockopt,
-    bpf_ktime_get_ns,
+    bpf_get_current_cgroup_id, bpf_get_current_pid_tgid, bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_ns,
 };
 use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::debug;
 use culvert_ebpf_common::{Address, Dispatch, Endpoint, Event, Flow, NamespaceState, OUTBOUND_PORT, Outcome, Settings, Socket};
 
-use crate::maps::{self, AGENT_PROCESSES, CLAIMED, DESTINATIONS, NAMESPACES, SETTINGS, SOCKETS};
-use crate::same_node;
+use crate::maps::{self, AGENT_PROCESSES, CLAIMED, DESTINATIONS, NAMESPACES, SETTINGS};
+use crate::{note, same_node};
 
 pub(crate) const IPPROTO_TCP: u32 = 6;
 const SOL_SOCKET: i32 = 1;
@@ -113,7 +112,8 @@ fn decide(ctx: &SockAddrContext, address: Address) -> Decision {
     let own = namespace.own(address.is_v4());
     if is_agent(process) {
         if address == own {
-            note(ctx, Socket::delivery(destination));
+            // Without a note of it, the pod takes it for a stranger's.
+            let _noted = note::set(ctx, Socket::delivery(destination));
         }
         return Decision::Done(Outcome::PassedAgent);
     }
@@ -125,17 +125,18 @@ fn decide(ctx: &SockAddrContext, address: Address) -> Decision {
             Dispatch::Refuse => Some(Outcome::RefusedNoEndpoint),
             Dispatch::Capture => same_node::way(namespace, netns_cookie, destination, own).and_then(|socket| {
                 // Without a note of it, it would be refused.
-                if note(ctx, socket) { Some(Outcome::PassedSameNode) } else { None }
+                if note::set(ctx, socket) { Some(Outcome::PassedSameNode) } else { None }
             }),
         }
     };
     if let Some(outcome) = passed {
         if !matches!(outcome, Outcome::PassedSameNode) {
-            forget(ctx);
+            // Lest `getpeername` tells the peer of a socket that was captured once and now connects elsewhere.
+            note::unset(ctx);
         }
         return Decision::Done(outcome);
     }
-    if own == Address::UNSPECIFIED || !note(ctx, Socket::captured(destination)) {
+    if own == Address::UNSPECIFIED || !note::set(ctx, Socket::captured(destination)) {
         return Decision::Done(Outcome::RefusedNoRoom);
     }
     Decision::Redirect(own)
@@ -197,25 +198,6 @@ fn is_agent(process: u32) -> bool {
 fn cgroup() -> u64 {
     // SAFETY: the helper takes nothing.
     unsafe { bpf_get_current_cgroup_id() }
-}
-
-/// Notes the socket for `sock_ops` and `getpeername`; false when there is no room.
-#[inline(always)]
-fn note(ctx: &SockAddrContext, socket: Socket) -> bool {
-    // SAFETY: the helper takes the context that it was called for.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    SOCKETS.insert(cookie, socket, 0).is_ok()
-}
-
-/// Drops what was noted of a socket that was captured once and now connects elsewhere, lest `getpeername` tells its old peer.
-#[inline(always)]
-fn forget(ctx: &SockAddrContext) {
-    // SAFETY: the helper takes the context that it was called for.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    // SAFETY: only the entry's presence is looked at. Looking takes no lock, and hardly any socket connects twice.
-    if unsafe { SOCKETS.get(cookie) }.is_some() {
-        let _gone_already = SOCKETS.remove(cookie);
-    }
 }
 
 /// The socket's mark; 0 when it cannot be read.

@@ -1,11 +1,9 @@
 //! `getpeername()`: a captured socket's peer is the address that the application dialled, not the agent.
 
-use aya_ebpf::EbpfContext as _;
-use aya_ebpf::helpers::bpf_get_socket_cookie;
 use aya_ebpf::programs::SockAddrContext;
 use culvert_ebpf_common::{Endpoint, SocketKind};
 
-use crate::maps::SOCKETS;
+use crate::note;
 
 /// A socket of IPv4 asks.
 #[inline(always)]
@@ -37,10 +35,7 @@ pub(crate) fn over_ipv6(ctx: &SockAddrContext) {
 
 #[inline(always)]
 fn original_dst(ctx: &SockAddrContext) -> Option<Endpoint> {
-    // SAFETY: the helper takes the context that it was called for.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    // SAFETY: an entry is written once, before the connection exists, and not changed.
-    let socket = unsafe { SOCKETS.get(cookie) }?;
+    let socket = note::of_peer(ctx)?;
     match socket.kind() {
         SocketKind::Captured => Some(socket.original_dst()),
         SocketKind::Delivery | SocketKind::SameNode => None,

@@ -17,6 +17,8 @@ mod kubelet;
 #[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
+mod note;
+#[cfg(target_arch = "bpf")]
 mod outcome;
 #[cfg(target_arch = "bpf")]
 mod same_node;

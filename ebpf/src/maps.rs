@@ -1,6 +1,7 @@
 //! Every map: its key, its value, who writes it and who reads it. All are pinned by the agent and outlive it.
 
-use aya_ebpf::macros::map;
+use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SockHash};
 use culvert_ebpf_common::{
@@ -37,9 +38,10 @@ pub(crate) static DESTINATIONS: HashMap<Endpoint, u32> = HashMap::with_max_entri
 #[map]
 pub(crate) static CLUSTER_RANGES: LpmTrie<[u8; 16], u32> = LpmTrie::with_max_entries(16_384, NO_PREALLOC);
 
-/// Sockets that connect, by cookie. Written by `connect`; read by `sock_ops` and `getpeername`.
-#[map]
-pub(crate) static SOCKETS: LruHashMap<u64, Socket> = LruHashMap::with_max_entries(131_072, 0);
+/// What is noted of a socket that connects, in the socket itself and for as long as it is there. Written by `connect`; read by `sock_ops`
+/// and `getpeername`.
+#[btf_map]
+pub(crate) static SOCKETS: SkStorage<Socket> = SkStorage::new();
 
 /// Captured connections by source: their original destination. Written by `sock_ops`; read by `sk_lookup`; read and removed by
 /// the agent when it has accepted the connection.

@@ -15,11 +15,11 @@ use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_map_lookup_
 use aya_ebpf::programs::SockOpsContext;
 use culvert_ebpf_common::{
     Address, Connection, ConnectionEvent, Endpoint, Flow, ListenerKey, ListenerRole, Namespace, NamespaceState, Outcome, Socket,
-    Stage, VerdictKey,
+    SocketKind, Stage, VerdictKey,
 };
 
 use crate::maps::{ATTESTED, CONNECTION_EVENTS, CONNECTIONS, HALF_ENDED, LISTENERS, NAMESPACES, VERDICTS};
-use crate::outcome;
+use crate::{note, outcome};
 
 /// Which end of a connection, in `HALF_ENDED`; 0 is neither.
 const SOURCE: u32 = 1;
@@ -81,7 +81,8 @@ fn agent_listens(own: Address) -> bool {
 
 /// A connection that `connect` has let go has its source port, and sends nothing yet: it is attested.
 #[inline(always)]
-pub(crate) fn connecting(ctx: &SockOpsContext, cookie: u64, socket: &Socket, flow: Flow) {
+pub(crate) fn connecting(ctx: &SockOpsContext, socket: &Socket, flow: Flow) {
+    let cookie = cookie(ctx);
     // SAFETY: an address is read at once.
     let own = unsafe { NAMESPACES.get(socket.source()) }.map(|namespace| namespace.own(flow.source.address().is_v4()));
     if own.is_none_or(|own| !flow.is_from(own)) {
@@ -126,6 +127,9 @@ pub(crate) fn standing(socket: u64) -> Standing {
 /// The source's socket is connected.
 #[inline(always)]
 pub(crate) fn established(ctx: &SockOpsContext) {
+    if !note::of(ctx).is_some_and(|socket| matches!(socket.kind(), SocketKind::SameNode)) {
+        return;
+    }
     let cookie = cookie(ctx);
     let Some(connection) = CONNECTIONS.get_ptr_mut(cookie) else { return };
     // SAFETY: only the source's socket writes these two, and it has one state at a time.
@@ -150,30 +154,27 @@ pub(crate) fn accepted(ctx: &SockOpsContext) {
     }
 }
 
-/// A socket is closed. False: it is none of these connections'.
+/// A socket that nothing is noted of is closed: is it the destination's of one of those?
 #[inline(always)]
-pub(crate) fn closed(ctx: &SockOpsContext, flow: Flow) -> bool {
-    let own = cookie(ctx);
-    if let Some(connection) = CONNECTIONS.get_ptr_mut(own) {
-        source_closed(ctx, own, connection);
-        return true;
-    }
+pub(crate) fn destination_closed(ctx: &SockOpsContext) {
     // SAFETY: the entry is a 64-bit word, read once.
-    let Some(socket) = unsafe { ATTESTED.get(flow.reversed()) }.copied() else { return false };
-    let Some(connection) = CONNECTIONS.get_ptr_mut(socket) else { return false };
+    let Some(socket) = unsafe { ATTESTED.get(crate::sock_ops::flow(ctx).reversed()) }.copied() else { return };
+    let Some(connection) = CONNECTIONS.get_ptr_mut(socket) else { return };
     // SAFETY: only the destination's socket, which is this one, writes these.
     unsafe {
-        if (*connection).accepted != own {
-            return false;
+        if (*connection).accepted != cookie(ctx) {
+            return;
         }
         (*connection).received = acknowledged(ctx);
     }
     half_ended(ctx, socket, connection, DESTINATION);
-    true
 }
 
+/// The source's socket is closed.
 #[inline(always)]
-fn source_closed(ctx: &SockOpsContext, cookie: u64, connection: *mut Connection) {
+pub(crate) fn source_closed(ctx: &SockOpsContext) {
+    let cookie = cookie(ctx);
+    let Some(connection) = CONNECTIONS.get_ptr_mut(cookie) else { return };
     // SAFETY: only the source's socket, which is this one, writes the first; the second is a word, read once.
     let (opened, accepted) = unsafe { ((*connection).opened_ns != 0, (*connection).accepted != 0) };
     if !opened {

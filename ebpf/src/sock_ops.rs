@@ -4,17 +4,15 @@
 //! a delivery of the agent's is attested, so that `sk_lookup` lets it through to the application. Connections between pods of the node
 //! that stay in the kernel are attested here, too, and accounted for.
 
-use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
     BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
 };
-use aya_ebpf::helpers::bpf_get_socket_cookie;
 use aya_ebpf::programs::SockOpsContext;
 use culvert_ebpf_common::{Address, Endpoint, Flow, SocketKind};
 
-use crate::maps::{ATTESTED, CAPTURED, SOCKETS};
-use crate::same_node;
+use crate::maps::{ATTESTED, CAPTURED};
+use crate::{note, same_node};
 
 const AF_INET: u32 = 2;
 
@@ -36,10 +34,7 @@ pub(crate) fn observe(ctx: &SockOpsContext) {
 
 #[inline(always)]
 fn connecting(ctx: &SockOpsContext) {
-    // SAFETY: the helper takes the context that it was called for.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    // SAFETY: `connect` wrote the entry on this very thread and nobody changes it.
-    let Some(socket) = (unsafe { SOCKETS.get(cookie) }) else { return };
+    let Some(socket) = note::of(ctx) else { return };
     let flow = flow(ctx);
     match socket.kind() {
         // A full map loses the oldest entry; a connection whose entry is lost is reset by the agent.
@@ -49,15 +44,20 @@ fn connecting(ctx: &SockOpsContext) {
                 let _unattested_until_evicted = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
             }
         }
-        SocketKind::SameNode => same_node::connecting(ctx, cookie, socket, flow),
+        SocketKind::SameNode => same_node::connecting(ctx, &socket, flow),
     }
 }
 
 #[inline(always)]
 fn closed(ctx: &SockOpsContext) {
-    let flow = flow(ctx);
-    if !same_node::closed(ctx, flow) {
-        let _gone_already = ATTESTED.remove(flow);
+    match note::of(ctx).map(|socket| socket.kind()) {
+        Some(SocketKind::SameNode) => same_node::source_closed(ctx),
+        Some(SocketKind::Delivery) => {
+            let _gone_already = ATTESTED.remove(flow(ctx));
+        }
+        // The agents of other nodes on this kernel follow sockets of their own.
+        Some(SocketKind::Captured) => {}
+        None => same_node::destination_closed(ctx),
     }
 }
 

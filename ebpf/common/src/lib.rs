@@ -31,7 +31,7 @@ pub const PLAINTEXT_PORT: u16 = 15006;
 pub const HBONE_PORT: u16 = 15008;
 
 /// The version of the maps' layout. Agents share pinned maps only with agents of the same layout.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 #[cfg(feature = "user")]
 mod user {

@@ -1,4 +1,4 @@
-//! What `connect` notes about a socket, for `getpeername` and `sock_ops`. Keyed by the socket's cookie.
+//! What `connect` notes about a socket, for `getpeername` and `sock_ops`. Kept in the socket.
 
 use crate::{Connection, Endpoint, Flow};
 

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use culvert_ebpf_common::LAYOUT;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -37,7 +38,7 @@ impl Mesh {
     /// Where the agent of a node has pinned its maps.
     #[must_use]
     pub fn pin_dir(&self, node: usize) -> PathBuf {
-        self.dir.join(NODES[node]).join("bpf").join(NODES[node]).join("v2")
+        self.dir.join(NODES[node]).join("bpf").join(NODES[node]).join(format!("v{LAYOUT}"))
     }
 
     /// Where the agent of a node keeps what its controller told.
