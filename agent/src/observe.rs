@@ -26,3 +26,9 @@ pub use log::{LogFormat, LogGuard};
 pub use metrics::{CountedTunnel, Metrics, Side};
 pub use readiness::{Condition, Readiness};
 pub use received::XdsReceived;
+
+/// Whether a text can stand between quotes as it is. Others may, too, and are looked at more closely.
+fn can_be_quoted(text: &str) -> bool {
+    // Without an early end, so that the compiler looks at many bytes at a time.
+    text.bytes().fold(true, |so_far, byte| so_far & matches!(byte, b' '..=b'~') & (byte != b'"') & (byte != b'\\'))
+}

@@ -103,7 +103,14 @@ impl SpiffeId {
     /// The identity as policies write it: without the `spiffe://`.
     #[must_use]
     pub fn principal(&self) -> String {
-        format!("{}/ns/{}/sa/{}", self.0.trust_domain, self.0.namespace, self.0.service_account)
+        let [_scheme, rest @ ..] = self.parts();
+        rest.concat()
+    }
+
+    /// The pieces that its text is made of, in order.
+    #[must_use]
+    pub fn parts(&self) -> [&str; 6] {
+        ["spiffe://", self.0.trust_domain.as_str(), "/ns/", &self.0.namespace, "/sa/", &self.0.service_account]
     }
 }
 
@@ -125,7 +132,7 @@ impl FromStr for SpiffeId {
 
 impl fmt::Display for SpiffeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "spiffe://{}/ns/{}/sa/{}", self.0.trust_domain, self.0.namespace, self.0.service_account)
+        self.parts().into_iter().try_for_each(|part| f.write_str(part))
     }
 }
 

@@ -143,6 +143,13 @@ impl Workload {
         self.telemetry.workload.as_deref().unwrap_or(&self.name)
     }
 
+    /// The name of its cluster, with which its UID begins; empty when that has none.
+    #[must_use]
+    pub fn cluster(&self) -> &str {
+        let end = self.uid.as_bytes().windows(2).position(|pair| pair == b"//");
+        end.map_or("", |end| &self.uid[..end])
+    }
+
     /// The canonical service's name.
     #[must_use]
     pub fn canonical_name(&self) -> &str {

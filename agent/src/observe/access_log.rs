@@ -8,6 +8,7 @@
 //! is not known is left out. A detail may quote a peer: it is kept to one line and `MAX_DETAIL` bytes.
 
 use std::fmt::{self, Write as _};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::connection::ConnectionInfo;
@@ -40,12 +41,12 @@ macro_rules! line {
             target: TARGET,
             parent: None,
             tracing::Level::$level,
-            src.addr = %$info.source_addr,
+            src.addr = %Address($info.source_addr),
             src.workload = $info.source.as_ref().map(|workload| &*workload.name),
             src.namespace = $info.source.as_ref().map(|workload| workload.identity.namespace()),
             src.identity = $info.source_identity.as_ref().map(display),
-            dst.addr = %$info.destination_addr,
-            dst.original_addr = $info.original_dst.filter(|dialled| *dialled != $info.destination_addr).map(display),
+            dst.addr = %Address($info.destination_addr),
+            dst.original_addr = $info.original_dst.filter(|dialled| *dialled != $info.destination_addr).map(Address).map(display),
             dst.service = $info.destination_service.as_ref().map(|service| &*service.hostname),
             dst.workload = $info.destination.as_ref().map(|workload| &*workload.name),
             dst.namespace = $info.destination.as_ref().map(|workload| workload.identity.namespace()),
@@ -94,6 +95,24 @@ pub(super) fn failed(info: &ConnectionInfo, reason: CloseReason, detail: &dyn fm
         reason = reason.as_str(),
         error = %OneLine(detail),
     );
+}
+
+/// Writes an address as the library does, in one piece: that takes half of the time.
+struct Address(SocketAddr);
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let SocketAddr::V4(address) = self.0 else { return self.0.fmt(f) };
+        let mut number = itoa::Buffer::new();
+        let mut text = String::with_capacity("255.255.255.255:65535".len());
+        for (octet, before) in address.ip().octets().into_iter().zip(["", ".", ".", "."]) {
+            text.push_str(before);
+            text.push_str(number.format(octet));
+        }
+        text.push(':');
+        text.push_str(number.format(address.port()));
+        f.write_str(&text)
+    }
 }
 
 /// Writes a text without its control characters, and not too much of it.

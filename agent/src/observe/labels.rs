@@ -9,6 +9,7 @@ use std::fmt::{self, Write as _};
 
 use prometheus_client::encoding::{EncodeLabel, EncodeLabelSet, EncodeLabelValue, LabelSetEncoder, LabelValueEncoder};
 
+use super::can_be_quoted;
 use super::connection::{ConnectionInfo, Direction, Security};
 use crate::model::{SpiffeId, Workload};
 
@@ -90,10 +91,10 @@ fn push_workload(key: &mut String, workload: Option<&Workload>, verified: Option
     key.push(SEPARATOR);
     match verified {
         // A SPIFFE ID has no character that needs escaping: its parser takes letters, digits and `._-/:` only.
-        Some(identity) => write!(key, "{identity}").unwrap_or_default(),
+        Some(identity) => identity.parts().into_iter().for_each(|part| key.push_str(part)),
         None => key.push_str(UNKNOWN),
     }
-    push(key, field(|workload| workload.uid.split_once("//").map_or("", |(cluster, _)| cluster)));
+    push(key, field(Workload::cluster));
 }
 
 fn push(key: &mut String, value: &str) {
@@ -107,8 +108,7 @@ fn push(key: &mut String, value: &str) {
 
 /// Cuts and escapes a label value for the text exposition, which the encoder itself does not do.
 pub(super) fn escaped(value: &str) -> Cow<'_, str> {
-    let legal = |c: char| !c.is_control() && c != '"' && c != '\\';
-    if value.len() <= MAX_VALUE && value.chars().all(legal) {
+    if value.len() <= MAX_VALUE && can_be_quoted(value) {
         return Cow::Borrowed(value);
     }
     let cut = value.floor_char_boundary(MAX_VALUE);

@@ -113,3 +113,10 @@ fn the_end_of_pod_or_agent_is_no_warning() {
         assert_eq!(json_line(|| close(info(), reason, None))["level"], level, "{reason}");
     }
 }
+
+#[test]
+fn an_address_is_written_as_the_library_writes_it() {
+    for text in ["10.0.0.255:65535", "0.0.0.0:0", "[2001:db8::1]:443", "[::ffff:10.0.0.1]:80"] {
+        assert_eq!(Address(text.parse().expect("an address")).to_string(), text);
+    }
+}

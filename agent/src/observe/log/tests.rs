@@ -2,6 +2,9 @@ use std::io::Write;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
 use super::*;
 
 /// Collects lines.
@@ -63,7 +66,7 @@ fn a_text_line_is_the_librarys_own() {
         let _span = tracing::info_span!("outer", id = 7).entered();
         let _inner = tracing::info_span!("inner").entered();
         let (error, none) = (io::Error::other("no way"), None::<u8>);
-        tracing::warn!(target: "unit", text = "a \"b\"", %error, debug = ?Some(1), src.addr = "x", none, up = true, left = -3i64, "hello {}", 5);
+        tracing::warn!(target: "unit", text = "a \"b\"", plain = "a 'b' c", count = 7u64, empty = "", %error, debug = ?Some(1), src.addr = "x", none, up = true, left = -3i64, "hello {}", 5);
     };
     let lines = Lines::default();
     let layer = tracing_subscriber::fmt::layer().with_writer(lines.clone()).with_ansi(false);
@@ -71,6 +74,19 @@ fn a_text_line_is_the_librarys_own() {
     let (theirs, ours) = (lines.text(), logged(LogFormat::Text, "info", act));
     let without_time = |line: &str| line.split_once(' ').map(|(_time, rest)| rest.to_owned()).expect("a time");
     assert_eq!(without_time(&ours), without_time(&theirs));
+}
+
+#[test]
+fn a_line_begins_with_the_time_in_utc_to_the_microsecond() {
+    let before = OffsetDateTime::now_utc();
+    let lines = logged(LogFormat::Text, "info", || (0..3).for_each(|count| tracing::info!(target: "unit", count, "hello")));
+    let after = OffsetDateTime::now_utc();
+    let times: Vec<_> = lines.lines().map(|line| line.split_once(' ').expect("a time").0).collect();
+    assert!(times.len() == 3 && times.iter().all(|time| time.len() == "2026-11-26T12:00:00.000000Z".len()), "{times:?}");
+    let times = times.into_iter().map(|time| OffsetDateTime::parse(time, &Rfc3339).expect("a time"));
+    // What is less than a microsecond is not written.
+    let all: Vec<_> = [before.truncate_to_microsecond()].into_iter().chain(times).chain([after]).collect();
+    assert!(all.is_sorted(), "{all:?}");
 }
 
 #[test]

@@ -9,17 +9,29 @@
 
 use std::cell::RefCell;
 use std::fmt::{self, Write as _};
+use std::time::{Duration, UNIX_EPOCH};
 
+use time::OffsetDateTime;
 use tracing::field::{Field, Visit};
-use tracing::{Event, Subscriber};
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::time::{FormatTime as _, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, FormattedFields};
 use tracing_subscriber::registry::LookupSpan;
+
+use crate::observe::can_be_quoted;
 
 thread_local! {
     /// Where a thread makes its lines.
     static LINE: RefCell<String> = const { RefCell::new(String::new()) };
+    /// The second of the last line.
+    static SECOND: RefCell<Second> = const { RefCell::new(Second { number: 0, text: String::new() }) };
+}
+
+/// A second, since 1970, and how a time in it begins.
+#[derive(Default)]
+struct Second {
+    number: u64,
+    text: String,
 }
 
 /// Formats events so.
@@ -35,8 +47,14 @@ where
         // A value that logs while it is written gets a line of its own.
         let mut line = LINE.with(RefCell::take);
         line.clear();
-        SystemTime.format_time(&mut Writer::new(&mut line))?;
-        write!(line, " {:>5} ", event.metadata().level())?;
+        push_time(&mut line)?;
+        line.push_str(match *event.metadata().level() {
+            Level::ERROR => " ERROR ",
+            Level::WARN => "  WARN ",
+            Level::INFO => "  INFO ",
+            Level::DEBUG => " DEBUG ",
+            Level::TRACE => " TRACE ",
+        });
         let start = line.len();
         for span in context.event_scope().into_iter().flat_map(|scope| scope.from_root()) {
             line.push_str(span.name());
@@ -53,7 +71,8 @@ where
         let mut fields = Fields { line: &mut line, result: Ok(()) };
         event.record(&mut fields);
         fields.result?;
-        if line.bytes().any(|byte| byte.is_ascii_control()) || !line.is_ascii() {
+        // Without an early end, so that the compiler looks at many at a time.
+        if line.bytes().fold(false, |strange, byte| strange | !matches!(byte, b' '..=b'~')) {
             line = without_controls(&line);
         }
         line.push('\n');
@@ -63,6 +82,26 @@ where
     }
 }
 
+/// Adds the time as the library writes it: in UTC, to the microsecond. Its date is made once a second.
+fn push_time(line: &mut String) -> fmt::Result {
+    let now = std::time::SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mut second = SECOND.with(RefCell::take);
+    if second.number != now.as_secs() || second.text.is_empty() {
+        second.text.clear();
+        let whole = UNIX_EPOCH + Duration::from_secs(now.as_secs());
+        let whole: OffsetDateTime = whole.into();
+        write!(second.text, "{:04}-{:02}-{:02}", whole.year(), u8::from(whole.month()), whole.day())?;
+        write!(second.text, "T{:02}:{:02}:{:02}.", whole.hour(), whole.minute(), whole.second())?;
+        second.number = now.as_secs();
+    }
+    line.push_str(&second.text);
+    SECOND.set(second);
+    // Six digits, whatever they begin with.
+    line.push_str(&itoa::Buffer::new().format(1_000_000 + now.subsec_micros())[1..]);
+    line.push('Z');
+    Ok(())
+}
+
 /// Writes an event's fields behind each other.
 struct Fields<'a> {
     line: &'a mut String,
@@ -70,27 +109,35 @@ struct Fields<'a> {
 }
 
 impl Fields<'_> {
-    fn field(&mut self, field: &Field, value: fmt::Arguments<'_>) {
+    fn name(&mut self, field: &Field) {
         self.line.push(' ');
         if field.name() != "message" {
             self.line.push_str(field.name());
             self.line.push('=');
         }
-        self.result = self.result.and_then(|()| self.line.write_fmt(value));
     }
 }
 
 impl Visit for Fields<'_> {
     fn record_str(&mut self, field: &Field, value: &str) {
+        self.name(field);
         if field.name() == "message" {
-            self.field(field, format_args!("{value}"));
+            self.line.push_str(value);
+        } else if can_be_quoted(value) {
+            self.line.extend(["\"", value, "\""]);
         } else {
-            self.field(field, format_args!("{value:?}"));
+            self.result = self.result.and_then(|()| write!(self.line, "{value:?}"));
         }
     }
 
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.name(field);
+        self.line.push_str(itoa::Buffer::new().format(value));
+    }
+
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.field(field, format_args!("{value:?}"));
+        self.name(field);
+        self.result = self.result.and_then(|()| write!(self.line, "{value:?}"));
     }
 }
 
