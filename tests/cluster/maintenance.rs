@@ -91,9 +91,10 @@ fn while_a_node_is_drained_no_new_connection_to_a_service_fails() {
                         "containers": [{
                             "name": "app",
                             "image": IMAGE,
-                            "args": ["serve"],
+                            // As applications do that want no connection to fail: those that have heard of their end late are served
+                            // still. Then they refuse what is new, and whoever sends it there is found out.
+                            "args": ["serve", "--linger", "6"],
                             "readinessProbe": {"tcpSocket": {"port": 8080}, "periodSeconds": 1},
-                            // As applications do that want no connection to fail: those that have heard of them late are served still.
                             "lifecycle": {"preStop": {"exec": {"command": ["sleep", "8"]}}},
                         }],
                     },

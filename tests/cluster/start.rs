@@ -4,7 +4,7 @@
 use std::sync::mpsc::{Sender, channel};
 
 use harness::Cluster;
-use harness::cluster::{ENROLLED, IMAGE, PodSpec, not_run};
+use harness::cluster::{ENROLLED, IMAGE, PodSpec, TestNamespace, not_run};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -132,16 +132,41 @@ fn a_pod_is_served_under_strict_before_the_api_server_knows_its_address() {
     }
 }
 
+/// A namespace of the mesh that takes nothing else, with a server in it, and one outside; for what runs in each alike.
+struct Both {
+    nodes: Vec<String>,
+    mesh: TestNamespace,
+    plain: TestNamespace,
+    server: String,
+}
+
+impl Both {
+    fn new(name: &str) -> Self {
+        let cluster = Cluster;
+        let nodes = cluster.nodes();
+        let mesh = cluster.namespace(name, &[ENROLLED]);
+        let plain = cluster.namespace(&format!("{name}-plain"), &[]);
+        cluster.mode(name, "STRICT");
+        let server = format!("{}:8080", cluster.pods(&[PodSpec::new(name, "server", &nodes[1])])[0]);
+        Self { nodes, mesh, plain, server }
+    }
+
+    /// Has a job of that name in each, and waits until the one has finished and the other has failed. What makes it is told its
+    /// namespace, the server, and for how many seconds to try to reach that.
+    fn run_job(&self, name: &str, job: impl Fn(&str, &str, &str) -> Value) {
+        let [mesh, plain] = [&self.mesh, &self.plain].map(TestNamespace::name);
+        Cluster.apply(&job(mesh, &self.server, "20"));
+        Cluster.apply(&job(plain, &self.server, "2"));
+        Cluster.wait_condition(mesh, &format!("job/{name}"), "Complete");
+        Cluster.wait_condition(plain, &format!("job/{name}"), "Failed");
+    }
+}
+
 #[test]
 fn jobs_of_the_mesh_finish_and_others_are_refused() {
-    let cluster = Cluster;
-    let nodes = cluster.nodes();
-    let mesh = cluster.namespace("jobs", &[ENROLLED]);
-    let plain = cluster.namespace("jobs-plain", &[]);
-    cluster.mode(mesh.name(), "STRICT");
-    let server = format!("{}:8080", cluster.pods(&[PodSpec::new(mesh.name(), "server", &nodes[1])])[0]);
-    let job = |namespace: &str, patience: &str| {
-        cluster.apply(&json!({
+    let both = Both::new("jobs");
+    both.run_job("caller", |namespace, server, patience| {
+        json!({
             "apiVersion": "batch/v1",
             "kind": "Job",
             "metadata": {"name": "caller", "namespace": namespace},
@@ -154,19 +179,15 @@ fn jobs_of_the_mesh_finish_and_others_are_refused() {
                     "containers": [{"name": "app", "image": IMAGE, "args": ["connect", server, "--retry-for", patience]}],
                 }},
             },
-        }));
-    };
-    job(mesh.name(), "20");
-    job(plain.name(), "2");
-    cluster.wait_condition(mesh.name(), "job/caller", "Complete");
-    cluster.wait_condition(plain.name(), "job/caller", "Failed");
-    assert_eq!(cluster.get(mesh.name(), "job", "caller")["status"]["succeeded"], 4);
-    assert!(cluster.get(plain.name(), "job", "caller")["status"]["succeeded"].is_null());
+        })
+    });
+    assert_eq!(Cluster.get(both.mesh.name(), "job", "caller")["status"]["succeeded"], 4);
+    assert!(Cluster.get(both.plain.name(), "job", "caller")["status"]["succeeded"].is_null());
 }
 
 /// A job one of whose containers is a sidecar of the kubelet's own: it starts first, goes on beside the others, and ends with them. It talks
 /// to a server from its first moment, for so many seconds at most, and serves then; the job's program talks to it, and to the server.
-fn accompanied(namespace: &str, server: &str, patience: u32) -> Value {
+fn accompanied(namespace: &str, server: &str, patience: &str) -> Value {
     let talk = format!("/app connect {server} --say from-the-sidecar --retry-for {patience}; exec /app serve");
     let work = format!("/app connect 127.0.0.1:8080 && /app connect {server} --retry-for {patience}");
     json!({
@@ -192,23 +213,15 @@ fn accompanied(namespace: &str, server: &str, patience: u32) -> Value {
 
 #[test]
 fn a_job_with_a_sidecar_of_the_kubelets_own_finishes_in_the_mesh_and_is_refused_outside() {
-    let cluster = Cluster;
-    let nodes = cluster.nodes();
-    let mesh = cluster.namespace("sidecars", &[ENROLLED]);
-    let plain = cluster.namespace("sidecars-plain", &[]);
-    cluster.mode(mesh.name(), "STRICT");
-    let server = format!("{}:8080", cluster.pods(&[PodSpec::new(mesh.name(), "server", &nodes[1])])[0]);
-    let mut sidecar = PodSpec::new(mesh.name(), "sidecar", &nodes[0]);
+    let both = Both::new("sidecars");
+    let mut sidecar = PodSpec::new(both.mesh.name(), "sidecar", &both.nodes[0]);
     sidecar.more = json!({"initContainers": [{"name": "sidecar", "image": IMAGE, "restartPolicy": "Always"}]});
-    if !cluster.keeps(&sidecar.object(), "/spec/initContainers/0/restartPolicy") {
+    if !Cluster.keeps(&sidecar.object(), "/spec/initContainers/0/restartPolicy") {
         return not_run("this API server offers no sidecars among the init containers");
     }
-    let mut capture = cluster.capture(&nodes[1]);
-    cluster.apply(&accompanied(mesh.name(), &server, 20));
-    cluster.apply(&accompanied(plain.name(), &server, 2));
-    cluster.wait_condition(mesh.name(), "job/accompanied", "Complete");
-    cluster.wait_condition(plain.name(), "job/accompanied", "Failed");
+    let mut capture = Cluster.capture(&both.nodes[1]);
+    both.run_job("accompanied", accompanied);
     assert!(!capture.shows("from-the-sidecar"), "a sidecar of the mesh talked in the clear");
-    let log = cluster.kubectl(&["--namespace", mesh.name(), "logs", "job/accompanied", "--container=sidecar"]);
+    let log = Cluster.kubectl(&["--namespace", both.mesh.name(), "logs", "job/accompanied", "--container=sidecar"]);
     assert!(log.contains("from-the-sidecar"), "the sidecar was not answered: {log}");
 }

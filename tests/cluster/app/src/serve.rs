@@ -1,8 +1,9 @@
 //! Servers: one that tells who its client is and then sends back what comes, one for HTTP, one for gRPC's health protocol.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -21,22 +22,29 @@ pub(crate) struct Ports {
     /// gRPC's health protocol.
     #[arg(long, default_value_t = 8082)]
     grpc: u16,
+    /// For how many seconds to go on with what has begun once it is told to end, and to refuse what is new.
+    #[arg(long, default_value_t = 0)]
+    linger: u64,
 }
 
 /// Serves until it is told to end.
 pub(crate) fn run(ports: &Ports) -> Result<()> {
     let end = pause::block_end()?;
-    each_connection(ports.echo, echo)?;
-    each_connection(ports.http, http)?;
-    let listener = listen(ports.grpc)?;
-    thread::spawn(move || grpc::serve(listener));
+    let grpc = listen(ports.grpc)?;
+    let listeners = [each_connection(ports.echo, echo)?, each_connection(ports.http, http)?, grpc.try_clone()?];
+    thread::spawn(move || grpc::serve(grpc));
     println!("{}", serde_json::json!({"serving": [ports.echo, ports.http, ports.grpc]}));
     end.wait()?;
+    for listener in listeners {
+        Socket::from(listener).shutdown(Shutdown::Both)?;
+    }
+    thread::sleep(Duration::from_secs(ports.linger));
     Ok(())
 }
 
-fn each_connection(port: u16, serve: fn(TcpStream) -> io::Result<()>) -> Result<()> {
+fn each_connection(port: u16, serve: fn(TcpStream) -> io::Result<()>) -> Result<TcpListener> {
     let listener = listen(port)?;
+    let served = listener.try_clone()?;
     thread::spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {
             thread::spawn(move || {
@@ -46,7 +54,7 @@ fn each_connection(port: u16, serve: fn(TcpStream) -> io::Result<()>) -> Result<
             });
         }
     });
-    Ok(())
+    Ok(served)
 }
 
 /// Listens on both families where there are two.
