@@ -96,7 +96,8 @@ fn a_privileged_daemon_set_sees_programs_cgroups_and_processes_of_its_node() {
         assert!(look("grep /node/sys/fs/bpf /proc/mounts").contains(" bpf "), "no file system for programs");
         assert!(look("ls -R /node/sys/fs/cgroup | grep -c kubepods").trim() != "0", "no cgroups of pods");
         assert!(look("cat /proc/*/comm 2>/dev/null || true").contains("kubelet"), "no processes of the node");
-        assert!(look("ls /node/run/netns").contains("cni-"), "no network namespaces of pods");
+        // Each runtime has names of its own for them.
+        assert!(!look("ls /node/run/netns").trim().is_empty(), "no network namespaces of pods");
         assert!(look("nslookup kubernetes.default.svc.cluster.local").contains("10.96.0.1"), "no names");
     }
 }

@@ -22,6 +22,7 @@ mod node_files;
 mod options;
 mod pki;
 mod processes;
+mod runtime;
 mod source_cluster;
 
 use std::ffi::OsString;
@@ -117,7 +118,7 @@ pub(crate) struct Up {
     #[arg(long)]
     pub(crate) kubernetes_from_source: bool,
     /// Nodes as namespaces, with the Kubernetes of this directory: its programs by their own names. etcd, containerd, runc and what else a node
-    /// runs are taken from there as well, where they are there.
+    /// runs are taken from there as well, where they are there; with `crio` and `pinns` there, CRI-O runs the containers.
     #[arg(long, value_name = "DIR")]
     pub(crate) kubernetes: Option<PathBuf>,
     /// kind, or nothing.

@@ -18,6 +18,8 @@ pub(crate) enum Scope {
     Bench,
     /// Running a Kubernetes cluster whose nodes are namespaces, beside building.
     Cluster,
+    /// Such a cluster whose containers CRI-O runs, which is not of the distribution.
+    CriO,
     /// Building Kubernetes for such a cluster.
     Kubernetes,
     /// Booting other kernels.
@@ -58,6 +60,8 @@ const CLUSTER: [(&str, &str); 11] = [
     ("socat", "socat"),
     ("/var/lib/dpkg/info/busybox-static.list", "busybox-static"),
 ];
+/// Programs that CRI-O runs, and what gives it images, with Debian's packages that have them.
+const CRIO: [(&str, &str); 2] = [("conmon", "conmon"), ("skopeo", "skopeo")];
 /// What builds Kubernetes, with Debian's packages that have it.
 const KUBERNETES: [(&str, &str); 3] = [
     ("dpkg-source", "dpkg-dev"),
@@ -86,6 +90,7 @@ pub(crate) fn ensure(scope: Scope) -> Result<()> {
         Scope::Test => [&TEST, &[]],
         Scope::Bench => [&TEST, &BENCH],
         Scope::Cluster => [&CLUSTER, &[]],
+        Scope::CriO => [&CLUSTER, &CRIO],
         Scope::Kubernetes => [&KUBERNETES, &[]],
         Scope::Vm => [&TEST, &VM],
         Scope::Fuzz => [&FUZZ, &[]],

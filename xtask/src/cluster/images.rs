@@ -28,6 +28,14 @@ pub(super) fn archives(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(archives)
 }
 
+/// The name of the image in a docker-archive tar.
+pub(super) fn name(archive: &Path) -> Result<String> {
+    let output = Command::new("tar").args(["--extract", "--to-stdout", "--file"]).arg(archive).arg("manifest.json").output()?;
+    let manifest: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let name = manifest[0]["RepoTags"][0].as_str();
+    name.map(str::to_owned).with_context(|| format!("{} is no docker-archive of an image with a name", archive.display()))
+}
+
 /// Makes the images.
 pub(super) fn own(directory: &Path) -> Result<Vec<PathBuf>> {
     let application = build_application()?;

@@ -14,6 +14,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{chdir, pivot_root};
 
 use super::node::{self, Node};
+use super::runtime::Runtime;
 
 /// What it says when the node's file systems are there.
 pub(super) const READY: &str = "ready\n";
@@ -72,8 +73,8 @@ fn make_root(node: &Node<'_>) -> Result<()> {
     mount_cgroups(&root.join("sys/fs/cgroup"))?;
     attach(Some("tmpfs"), &root.join("run"), Some("tmpfs"), MsFlags::empty(), Some("mode=755"))?;
     bind(&node.path("tmp"), &root.join("tmp"), MsFlags::empty())?;
-    for program in ["containerd", "kubelet"] {
-        bind(&node.path(program), &root.join("var/lib").join(program), MsFlags::empty())?;
+    for store in [Runtime::of(node.cluster()).store(), "kubelet"] {
+        bind(&node.path(store), &root.join("var/lib").join(store), MsFlags::empty())?;
     }
     let cluster = node.cluster().dir();
     bind(&cluster, &root.join(cluster.strip_prefix("/").unwrap_or(&cluster)), MsFlags::empty())?;

@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::Cluster;
 use super::guard::VARIABLE;
+use super::runtime::Runtime;
 use crate::run::{cache, root, run};
 use crate::setup::{self, Scope};
 
@@ -66,7 +67,8 @@ pub(super) fn programs(cluster: &Cluster) -> Result<PathBuf> {
 /// # Errors
 /// When one that a cluster needs is missing.
 pub(super) fn given(directory: &Path) -> Result<&Path> {
-    let missing: Vec<&str> = PROGRAMS.into_iter().filter(|program| !directory.join(program).is_file()).collect();
+    let needed = PROGRAMS.iter().chain(Runtime::among(directory).needs());
+    let missing: Vec<&str> = needed.copied().filter(|program| !directory.join(program).is_file()).collect();
     ensure!(
         missing.is_empty(),
         "{} lacks {}: give a directory that has Kubernetes' programs",

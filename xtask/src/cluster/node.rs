@@ -1,5 +1,5 @@
 //! A node: network, mount, PID, UTS, IPC and cgroup namespaces of its own, and a root that is an overlay over this machine's. In it run
-//! the distribution's containerd and Kubernetes' kubelet and kube-proxy.
+//! what runs its containers and Kubernetes' kubelet and kube-proxy.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::processes::{self, Process, Ready};
+use super::runtime::Runtime;
 use super::{Cluster, network, node_files};
 
 /// A node of a cluster, which need not run.
@@ -66,12 +67,12 @@ impl<'a> Node<'a> {
         self.cluster.path(&self.name()).join(name)
     }
 
-    /// Starts it: its first process, containerd with the images, kubelet and kube-proxy.
+    /// Starts it: its first process, what runs containers with the images, kubelet and kube-proxy.
     pub(super) fn start(&self, archives: &[PathBuf]) -> Result<()> {
         self.make_cgroups()?;
         node_files::write(self)?;
         self.start_init()?;
-        self.start_program("containerd", Ready::Notified)?;
+        self.start_program(Runtime::of(self.cluster).program(), Ready::Notified)?;
         self.import(archives)?;
         self.start_program("kubelet", Ready::Started)?;
         self.start_program("kube-proxy", Ready::Started)
@@ -112,14 +113,7 @@ impl<'a> Node<'a> {
 
     /// Imports docker-archive tars.
     pub(super) fn import(&self, archives: &[PathBuf]) -> Result<()> {
-        for archive in archives {
-            // The archive is a file of this machine's, which the node may not see: it goes in by the standard input.
-            let file = fs::File::open(archive).with_context(|| format!("opening {}", archive.display()))?;
-            let output = self.enter()?.args(["ctr", "--namespace", "k8s.io", "images", "import", "-"]).stdin(file).output()?;
-            let said = String::from_utf8_lossy(&output.stderr);
-            ensure!(output.status.success(), "importing {} on {}: {}", archive.display(), self.name(), said.trim());
-        }
-        Ok(())
+        archives.iter().try_for_each(|archive| Runtime::of(self.cluster).import(self, archive))
     }
 
     /// Becomes a program in the node.
@@ -131,7 +125,7 @@ impl<'a> Node<'a> {
     }
 
     /// A program that will run in the node; the first argument names it.
-    fn enter(&self) -> Result<Command> {
+    pub(super) fn enter(&self) -> Result<Command> {
         self.nsenter()?;
         let mut command = Command::new(self.cluster.own_program());
         command.args(["cluster", "--name", &self.cluster.name, "exec", &self.name()]);

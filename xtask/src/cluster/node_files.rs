@@ -7,20 +7,16 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::node::{Node, words};
-use super::{images, network, options, pki};
-
-/// Where containerd serves, in the node.
-const CONTAINERD: &str = "unix:///run/containerd/containerd.sock";
-/// Where the distribution has the CNI plugins.
-const PLUGINS: &str = "/usr/lib/cni";
+use super::runtime::Runtime;
+use super::{network, options, pki};
 
 /// Writes the configuration of each program.
 pub(super) fn write(node: &Node<'_>) -> Result<()> {
-    for directory in ["cni", "containerd", "kubelet", "tmp"] {
+    for directory in ["cni", "kubelet", "tmp"] {
         fs::create_dir_all(node.path(directory))?;
     }
     let file = |name: &str, value: Value| fs::write(node.path(name), format!("{value:#}"));
-    fs::write(node.path("containerd.toml"), containerd(node))?;
+    Runtime::of(node.cluster()).configure(node)?;
     file("kubelet.yaml", kubelet(node))?;
     file("kube-proxy.yaml", kube_proxy(node))?;
     file("cni/10-pods.conflist", cni(node))?;
@@ -33,8 +29,9 @@ pub(super) fn write(node: &Node<'_>) -> Result<()> {
 /// When the program does not say what options it has.
 pub(super) fn command_line(node: &Node<'_>, program: &str) -> Result<Vec<OsString>> {
     let kubeconfig = pki::file(node.cluster(), &node.name(), "kubeconfig");
+    let runtime = Runtime::of(node.cluster());
     let mut words = match program {
-        "containerd" => words([&program, &"--config", &node.path("containerd.toml")]),
+        _ if program == runtime.program() => runtime.command_line(node),
         "kubelet" => words([
             &program,
             &"--config",
@@ -42,7 +39,7 @@ pub(super) fn command_line(node: &Node<'_>, program: &str) -> Result<Vec<OsStrin
             &"--kubeconfig",
             &kubeconfig,
             &"--container-runtime-endpoint",
-            &CONTAINERD,
+            &runtime.endpoint(),
             &"--hostname-override",
             &node.name(),
             &"--node-ip",
@@ -55,28 +52,6 @@ pub(super) fn command_line(node: &Node<'_>, program: &str) -> Result<Vec<OsStrin
         words.extend(options::kubelet(node.cluster())?.into_iter().map(OsString::from));
     }
     Ok(words)
-}
-
-/// Containers in the distribution's runc. A machine may keep CAP_SYS_RESOURCE from us, and then no process can be made less likely to be
-/// killed than it is.
-fn containerd(node: &Node<'_>) -> String {
-    format!(
-        "version = 2\n\
-         [plugins.\"io.containerd.grpc.v1.cri\"]\n\
-         sandbox_image = \"{}\"\n\
-         restrict_oom_score_adj = true\n\
-         [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n\
-         snapshotter = \"overlayfs\"\n\
-         [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\n\
-         runtime_type = \"io.containerd.runc.v2\"\n\
-         [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc.options]\n\
-         SystemdCgroup = false\n\
-         [plugins.\"io.containerd.grpc.v1.cri\".cni]\n\
-         bin_dir = \"{PLUGINS}\"\n\
-         conf_dir = \"{}\"\n",
-        images::PAUSE,
-        node.path("cni").display()
-    )
 }
 
 /// Little waiting, no eviction: the disk is this machine's.

@@ -56,7 +56,7 @@ fn await_ready(child: &mut Child, socket: &UnixDatagram) -> Result<()> {
         match socket.recv(&mut message) {
             Ok(length) if message[..length].split(|byte| *byte == b'\n').any(|line| line == b"READY=1") => return Ok(()),
             Ok(_other) => {}
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
             Err(error) => return Err(error).context("waiting for its readiness"),
         }
         if let Some(status) = child.try_wait()? {

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::node::{self, Node};
+use super::runtime::Runtime;
 use super::{Cluster, Maker, Part, Up, control_plane, images, kubernetes, network, pki, processes};
 use crate::setup::{self, Scope};
 
@@ -18,7 +19,12 @@ pub(super) fn up(cluster: &Cluster, up: &Up) -> Result<()> {
     setup::ensure(Scope::Cluster)?;
     let given = up.given_programs()?;
     let programs = match &given {
-        Some(directory) => kubernetes::given(directory)?.to_owned(),
+        Some(directory) => {
+            if Runtime::among(directory) == Runtime::CriO {
+                setup::ensure(Scope::CriO)?;
+            }
+            kubernetes::given(directory)?.to_owned()
+        }
         None => kubernetes::programs(cluster)?,
     };
     // In memory: etcd and containerd ask for each write to be on the disk, and nothing here shall survive the machine.
