@@ -44,6 +44,9 @@ pub(super) const EAGER: Duration = Duration::from_secs(2);
 const SELDOM: Duration = Duration::from_secs(5);
 /// How deep below its cgroup a pod's processes are.
 const DEPTH: usize = 4;
+/// How the cgroups are named, right below a pod's, in which CRI-O may keep what watches over the pod's containers. That is on the node's
+/// network, and no process of the pod's.
+const MONITORS: &str = "crio-conmon-";
 
 /// The pod that a namespace is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,7 +134,9 @@ impl NodePods {
     /// The inode of the one network namespace of all processes of a pod.
     fn netns_of(&self, cgroup: &Path, uid: &PodUid) -> Option<u64> {
         let mut found = None;
-        for process in processes(cgroup, DEPTH) {
+        let containers = children(cgroup).into_iter().filter(|container| !name_of(container).starts_with(MONITORS));
+        let inside = containers.flat_map(|container| processes(&container, DEPTH - 1));
+        for process in processes(cgroup, 0).into_iter().chain(inside) {
             match self.netns_of_process(&process, uid) {
                 Ok(netns) if found.is_some_and(|found| found != netns) => return None,
                 Ok(netns) => found = Some(netns),

@@ -61,21 +61,43 @@ impl Node {
 }
 
 #[test]
-fn a_pod_is_found_in_cgroups_of_every_driver_and_class_by_the_namespace_of_its_processes() {
-    let slice = format!("kubepods-besteffort.slice/kubepods-besteffort-pod{}.slice", UID.replace('-', "_"));
-    let guaranteed = format!("kubepods-pod{}.slice", UID.replace('-', "_"));
-    for cgroup in [
-        format!("burstable/pod{UID}/container"),
-        format!("pod{UID}/container"),
-        format!("{slice}/cri-x.scope"),
-        format!("{guaranteed}/cri-x.scope"),
-    ] {
-        let node = Node::new();
-        node.process(7, &cgroup, "netns");
-        node.process(8, &format!("burstable/pod{OTHER}/container"), "other");
-        node.check(&["netns", "other"], &[("netns", UID), ("other", OTHER)]);
-        node.check(&["other"], &[("other", OTHER)]);
+fn a_pod_is_found_in_cgroups_of_every_driver_class_and_runtime_by_the_namespace_of_its_processes() {
+    let slice = UID.replace('-', "_");
+    let pods = [
+        format!("burstable/pod{UID}"),
+        format!("pod{UID}"),
+        format!("kubepods-besteffort.slice/kubepods-besteffort-pod{slice}.slice"),
+        format!("kubepods-pod{slice}.slice"),
+        format!("kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{slice}.slice"),
+    ];
+    // containerd's and CRI-O's containers, in a cgroup of the kubelet's or of systemd's; the last as crun has it.
+    for container in ["5f0e", "crio-5f0e", "cri-containerd-5f0e.scope", "crio-5f0e.scope", "crio-5f0e.scope/container"] {
+        for pod in &pods {
+            let node = Node::new();
+            node.process(7, &format!("{pod}/{container}"), "netns");
+            node.process(8, &format!("burstable/pod{OTHER}/container"), "other");
+            node.check(&["netns", "other"], &[("netns", UID), ("other", OTHER)]);
+            node.check(&["other"], &[("other", OTHER)]);
+        }
     }
+}
+
+#[test]
+fn what_watches_over_a_pods_containers_does_not_count_and_what_a_pod_names_like_it_does() {
+    for container in ["crio-5f0e.scope", "crio-5f0e"] {
+        let node = Node::new();
+        node.process(7, &format!("pod{UID}/{container}"), "netns");
+        node.process(8, &format!("pod{UID}/crio-conmon-{}", &container[5..]), "node");
+        node.check(&["netns", "node"], &[("netns", UID)]);
+        node.process(9, &format!("pod{UID}/{container}/crio-conmon-x"), "visited");
+        node.check(&["netns", "node", "visited"], &[]);
+    }
+    // Of a pod on the node's network nothing is wanted but that it is taken for no other.
+    let node = Node::new();
+    node.process(7, &format!("pod{UID}/crio-5f0e.scope"), "node");
+    node.process(8, &format!("pod{UID}/crio-5f0f.scope"), "visited");
+    node.process(9, &format!("pod{UID}/crio-conmon-5f0e.scope"), "node");
+    node.check(&["visited"], &[]);
 }
 
 #[test]
