@@ -134,7 +134,11 @@ pub enum CaptureError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     /// The directory for pins cannot be used.
-    #[error("pinning in {}: {source}; give a directory on a bpffs (mount -t bpf bpf DIR) with --bpf-dir", path.display())]
+    #[error(
+        "pinning in {}: {source}; mount a bpffs on the node (mount -t bpf bpf DIR) and name it with --bpf-dir, or let agents do it \
+         (agent.mountBpffs=true)",
+        path.display()
+    )]
     Pins {
         /// The directory, or what is pinned.
         path: PathBuf,
