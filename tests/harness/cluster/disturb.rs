@@ -44,9 +44,10 @@ impl Cluster {
     pub fn set_next_address(&self, node: &str, address: &str) {
         let next: Ipv4Addr = address.parse().expect("an address");
         let last = Ipv4Addr::from_bits(next.to_bits() - 1);
-        // The plugin host-local keeps a file for each address that is taken, and one that says where to go on.
+        // The plugin host-local keeps a file for each address that is taken, and one that says where to go on: below our directory, or kind's.
         let script = format!(
-            "cd /run/cni-ipam/pods && for _ in $(seq 300); do [ -e {next} ] || break; sleep 0.1; done; \
+            "cd /run/cni-ipam/pods || cd /run/cni-ipam-state/kindnet || exit; \
+             for _ in $(seq 300); do [ -e {next} ] || break; sleep 0.1; done; \
              [ ! -e {next} ] && printf %s {last} > last_reserved_ip.0"
         );
         self.on_node(node, &["sh", "-c", &script]).unwrap_or_else(|error| panic!("giving {next} to the next pod: {error}"));
