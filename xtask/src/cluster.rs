@@ -27,8 +27,10 @@ mod source_cluster;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
+use nix::mount::{MsFlags, mount};
 
 use crate::setup;
 
@@ -312,11 +314,10 @@ impl Cluster {
             self.import(&[&[self.path("images")], up.images.as_slice()].concat())?;
         } else {
             let maker = choose(up)?;
-            std::fs::create_dir_all(self.dir())?;
-            let made = match maker {
+            let made = self.make_directory().and_then(|()| match maker {
                 Maker::Kind => kind::up(self, up),
                 Maker::Source => source_cluster::up(self, up),
-            };
+            });
             if let Err(error) = made {
                 eprintln!("{}", processes::last_words(&self.path("log")));
                 if let Err(left) = self.down() {
@@ -326,6 +327,17 @@ impl Cluster {
             }
         }
         println!("export KUBECONFIG={}", kubeconfig.display());
+        Ok(())
+    }
+
+    /// Makes the directory of the cluster's files, with this program in it. In memory: etcd and containerd ask for each write to be on the
+    /// disk, and nothing here shall survive the machine. A mount of its own: in `/run` itself distributions let no program be started.
+    fn make_directory(&self) -> Result<()> {
+        std::fs::create_dir_all(self.dir())?;
+        mount(Some("tmpfs"), &self.dir(), Some("tmpfs"), MsFlags::empty(), Some("mode=755"))
+            .context("mounting the cluster's directory")?;
+        std::fs::create_dir(self.path("bin"))?;
+        std::fs::copy("/proc/self/exe", self.own_program()).context("copying this program")?;
         Ok(())
     }
 
@@ -349,8 +361,7 @@ impl Cluster {
         if maker == Maker::Source {
             source_cluster::status(self);
         }
-        let mut kubectl = std::process::Command::new(self.kubectl_program()?);
-        crate::run::run(kubectl.arg("--kubeconfig").arg(self.kubeconfig()).args(["get", "nodes", "--output", "wide"]))
+        crate::run::run(self.kubectl().args(["get", "nodes", "--output", "wide"]))
     }
 
     fn import(&self, directories: &[PathBuf]) -> Result<()> {
@@ -370,13 +381,16 @@ impl Cluster {
         Ok(names.lines().map(str::to_owned).collect())
     }
 
-    /// The cluster's own kubectl, or the one on the PATH.
-    ///
-    /// # Errors
-    /// When there is none.
-    pub(crate) fn kubectl_program(&self) -> Result<PathBuf> {
-        let own = self.path("bin/kubectl");
-        if own.exists() { Ok(own) } else { setup::find("kubectl").context("no kubectl on the PATH") }
+    /// The cluster's own kubectl, of its own version.
+    pub(crate) fn kubectl_program(&self) -> PathBuf {
+        self.path("bin/kubectl")
+    }
+
+    /// kubectl, as the administrator.
+    pub(crate) fn kubectl(&self) -> Command {
+        let mut command = Command::new(self.kubectl_program());
+        command.arg("--kubeconfig").arg(self.kubeconfig());
+        command
     }
 
     /// The directory that its Kubernetes was taken from, if one was given.

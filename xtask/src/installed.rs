@@ -23,8 +23,8 @@ pub(crate) fn up(name: &str, binary: &Path, values: &[&str], kubernetes: Option<
     image::make(&image::ImageArgs::of(binary, &images.join("culvert.tar")))?;
     let cluster = Cluster::named(name)?;
     cluster.up(&Up { images: vec![images], kubernetes: kubernetes.map(Path::to_owned), ..Up::two_nodes() })?;
-    let mut agents = Command::new(cluster.kubectl_program()?);
-    agents.arg("--kubeconfig").arg(cluster.kubeconfig()).args(["get", "daemonset", "--all-namespaces", "--output=name"]);
+    let mut agents = cluster.kubectl();
+    agents.args(["get", "daemonset", "--all-namespaces", "--output=name"]);
     if String::from_utf8_lossy(&agents.output()?.stdout).contains("culvert-agent") {
         run(Command::new(binary).args(["uninstall", "--kubeconfig"]).arg(cluster.kubeconfig()))?;
     }
@@ -45,9 +45,9 @@ pub(crate) fn installation(binary: &Path, kubeconfig: &Path, values: &[&str]) ->
 /// Gives a program of the tests' the cluster, by the environment.
 ///
 /// # Errors
-/// When this program does not know its own path, or there is no kubectl.
+/// When this program does not know its own path.
 pub(crate) fn hand_over(cluster: &Cluster, name: &str, command: &mut Command) -> Result<()> {
-    command.env("KUBECONFIG", cluster.kubeconfig()).env("CULVERT_KUBECTL", cluster.kubectl_program()?);
+    command.env("KUBECONFIG", cluster.kubeconfig()).env("CULVERT_KUBECTL", cluster.kubectl_program());
     command.env(cluster::VARIABLE, name).env("CULVERT_XTASK", cluster.xtask_program()?);
     Ok(())
 }

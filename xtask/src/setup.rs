@@ -16,9 +16,11 @@ pub(crate) enum Scope {
     Test,
     /// All of it, and measuring.
     Bench,
-    /// Running a Kubernetes cluster whose nodes are namespaces, beside building.
+    /// Making the images that a Kubernetes cluster of the tests' has, beside building.
+    Images,
+    /// Running a Kubernetes cluster whose nodes are namespaces, beside that.
     Cluster,
-    /// Such a cluster whose containers CRI-O runs, which is not of the distribution.
+    /// Running containers by CRI-O in such a cluster. CRI-O itself is not of the distribution.
     CriO,
     /// Building Kubernetes for such a cluster.
     Kubernetes,
@@ -46,8 +48,10 @@ const TEST: [(&str, &str); 7] = [
 ];
 /// Programs that measuring runs beside those.
 const BENCH: [(&str, &str); 1] = [("wrk", "wrk")];
-/// Programs and other files of a cluster of namespaces, with Debian's packages that have them.
-const CLUSTER: [(&str, &str); 11] = [
+/// What goes into the tests' images, with Debian's packages that have it.
+const IMAGES: [(&str, &str); 1] = [("/var/lib/dpkg/info/busybox-static.list", "busybox-static")];
+/// Programs and other files of a cluster of namespaces beside those, with Debian's packages that have them.
+const CLUSTER: [(&str, &str); 10] = [
     ("ip", "iproute2"),
     ("openssl", "openssl"),
     ("etcd", "etcd-server"),
@@ -58,7 +62,6 @@ const CLUSTER: [(&str, &str); 11] = [
     ("conntrack", "conntrack"),
     ("ethtool", "ethtool"),
     ("socat", "socat"),
-    ("/var/lib/dpkg/info/busybox-static.list", "busybox-static"),
 ];
 /// Programs that CRI-O runs, and what gives it images, with Debian's packages that have them.
 const CRIO: [(&str, &str); 2] = [("conmon", "conmon"), ("skopeo", "skopeo")];
@@ -89,8 +92,9 @@ pub(crate) fn ensure(scope: Scope) -> Result<()> {
         Scope::Build => [&[], &[]],
         Scope::Test => [&TEST, &[]],
         Scope::Bench => [&TEST, &BENCH],
-        Scope::Cluster => [&CLUSTER, &[]],
-        Scope::CriO => [&CLUSTER, &CRIO],
+        Scope::Images => [&IMAGES, &[]],
+        Scope::Cluster => [&IMAGES, &CLUSTER],
+        Scope::CriO => [&CRIO, &[]],
         Scope::Kubernetes => [&KUBERNETES, &[]],
         Scope::Vm => [&TEST, &VM],
         Scope::Fuzz => [&FUZZ, &[]],

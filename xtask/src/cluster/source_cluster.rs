@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, umount2};
 
 use super::node::{self, Node};
 use super::runtime::Runtime;
@@ -27,9 +27,6 @@ pub(super) fn up(cluster: &Cluster, up: &Up) -> Result<()> {
         }
         None => kubernetes::programs(cluster)?,
     };
-    // In memory: etcd and containerd ask for each write to be on the disk, and nothing here shall survive the machine.
-    mount(Some("tmpfs"), &cluster.dir(), Some("tmpfs"), MsFlags::empty(), Some("mode=755"))
-        .context("mounting the cluster's directory")?;
     let nodes = Node::first(cluster, up.nodes);
     let names: Vec<String> = nodes.iter().map(Node::name).collect();
     fs::write(cluster.path("nodes"), names.join("\n"))?;
@@ -38,7 +35,6 @@ pub(super) fn up(cluster: &Cluster, up: &Up) -> Result<()> {
         fs::write(cluster.path("kubernetes"), directory.as_os_str().as_encoded_bytes())?;
     }
     copy_programs(&programs, &cluster.path("bin"))?;
-    fs::copy("/proc/self/exe", cluster.own_program()).context("copying this program")?;
     let mut archives = images::own(&cluster.path("images"))?;
     for directory in &up.images {
         archives.extend(images::archives(directory)?);
@@ -126,7 +122,6 @@ pub(super) fn status(cluster: &Cluster) {
 
 /// The programs go into the cluster's directory, which each node sees, whatever is mounted where on this machine.
 fn copy_programs(from: &Path, to: &Path) -> Result<()> {
-    fs::create_dir_all(to)?;
     let status = Command::new("cp").arg("--archive").arg(from.join(".")).arg(to).status().context("starting cp")?;
     ensure!(status.success(), "copying {} failed", from.display());
     Ok(())
