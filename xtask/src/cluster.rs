@@ -126,6 +126,10 @@ pub(crate) struct Up {
     /// kind, or nothing.
     #[arg(long, conflicts_with_all = ["kubernetes_from_source", "kubernetes"])]
     pub(crate) kind: bool,
+    /// kind, with nodes of this image, as its own `--image` takes it: another Kubernetes than it has by itself, or where its own image is not
+    /// to be had.
+    #[arg(long, value_name = "IMAGE", conflicts_with_all = ["kubernetes_from_source", "kubernetes"])]
+    pub(crate) node_image: Option<String>,
     /// Directories of docker-archive tars that the nodes shall have.
     #[arg(long)]
     pub(crate) images: Vec<PathBuf>,
@@ -134,13 +138,19 @@ pub(crate) struct Up {
 impl Up {
     /// Two nodes, as this machine can have them.
     pub(crate) fn two_nodes() -> Self {
-        Self { nodes: 2, kubernetes_from_source: false, kubernetes: None, kind: false, images: Vec::new() }
+        Self { nodes: 2, kubernetes_from_source: false, kubernetes: None, kind: false, node_image: None, images: Vec::new() }
     }
 
     /// The directory that Kubernetes is to be taken from, if one is given, by its whole path.
     fn given_programs(&self) -> Result<Option<PathBuf>> {
         let find = |path: &PathBuf| std::fs::canonicalize(path).with_context(|| format!("looking for {}", path.display()));
         self.kubernetes.as_ref().map(find).transpose()
+    }
+
+    /// What Kubernetes is to be taken from, if that is given: a directory by its whole path, or kind's image.
+    fn given_kubernetes(&self) -> Result<Option<OsString>> {
+        let image = || self.node_image.as_ref().map(OsString::from);
+        Ok(self.given_programs()?.map(PathBuf::into_os_string).or_else(image))
     }
 }
 
@@ -299,9 +309,8 @@ impl Cluster {
                 "cluster {} is half made, or has another number of nodes: `cargo xtask cluster down` removes it",
                 self.name
             );
-            let (has, wanted) = (self.given_programs(), up.given_programs()?);
-            let name =
-                |programs: Option<PathBuf>| programs.map_or("no given directory".into(), |path| path.display().to_string());
+            let (has, wanted) = (self.given_kubernetes(), up.given_kubernetes()?);
+            let name = |given: Option<OsString>| given.map_or("its maker".into(), |given| given.display().to_string());
             ensure!(
                 has == wanted,
                 "cluster {} has the Kubernetes of {}, not of {}: `cargo xtask cluster down` removes it",
@@ -393,9 +402,9 @@ impl Cluster {
         command
     }
 
-    /// The directory that its Kubernetes was taken from, if one was given.
-    fn given_programs(&self) -> Option<PathBuf> {
-        std::fs::read_to_string(self.path("kubernetes")).ok().map(PathBuf::from)
+    /// What its Kubernetes was taken from, if that was given: a directory, or kind's image.
+    fn given_kubernetes(&self) -> Option<OsString> {
+        std::fs::read_to_string(self.path("kubernetes")).ok().map(OsString::from)
     }
 
     /// Where nodes and control plane look for programs: those of the cluster first.
@@ -427,7 +436,7 @@ fn choose(up: &Up) -> Result<Maker> {
     }
     match kind::missing() {
         None => Ok(Maker::Kind),
-        Some(reason) if up.kind => anyhow::bail!("kind does not work here: {reason}"),
+        Some(reason) if up.kind || up.node_image.is_some() => anyhow::bail!("kind does not work here: {reason}"),
         Some(reason) => {
             eprintln!("no kind here ({reason}): the nodes are namespaces");
             Ok(Maker::Source)

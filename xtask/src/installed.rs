@@ -12,17 +12,17 @@ use crate::{image, launch};
 /// The name of the cluster that the demo makes for itself.
 const DEMO: &str = "demo";
 
-/// Has a cluster of this name with this binary installed: made, if it is not up, with the Kubernetes of a directory, if one is given. What
-/// was installed of an earlier build is replaced.
+/// Has a cluster of this name with this binary installed: made as `made` tells, if it is not up. What was installed of an earlier build is
+/// replaced.
 ///
 /// # Errors
 /// What could not be made or installed.
-pub(crate) fn up(name: &str, binary: &Path, values: &[&str], kubernetes: Option<&Path>) -> Result<Cluster> {
+pub(crate) fn up(name: &str, binary: &Path, values: &[&str], made: Up) -> Result<Cluster> {
     let images = root().join("target/cluster-images");
     std::fs::create_dir_all(&images)?;
     image::make(&image::ImageArgs::of(binary, &images.join("culvert.tar")))?;
     let cluster = Cluster::named(name)?;
-    cluster.up(&Up { images: vec![images], kubernetes: kubernetes.map(Path::to_owned), ..Up::two_nodes() })?;
+    cluster.up(&Up { images: vec![images], ..made })?;
     let mut agents = cluster.kubectl();
     agents.args(["get", "daemonset", "--all-namespaces", "--output=name"]);
     if String::from_utf8_lossy(&agents.output()?.stdout).contains("culvert-agent") {
@@ -56,7 +56,7 @@ pub(crate) fn hand_over(cluster: &Cluster, name: &str, command: &mut Command) ->
 ///
 /// # Errors
 /// What could not be made, shown or removed.
-pub(crate) fn demo(keep: bool, remove: bool) -> Result<()> {
+pub(crate) fn demo(keep: bool, remove: bool, node_image: Option<String>) -> Result<()> {
     let left = Cluster::named(DEMO)?;
     if remove {
         return left.down();
@@ -65,7 +65,7 @@ pub(crate) fn demo(keep: bool, remove: bool) -> Result<()> {
     let guard = Guard::new(&left)?;
     // One that was kept is begun anew as well: the demo begins with pods outside of the mesh.
     left.down().context("removing what an earlier run left")?;
-    let shown = up(DEMO, &binary, &[], None).and_then(|cluster| {
+    let shown = up(DEMO, &binary, &[], Up { node_image, ..Up::two_nodes() }).and_then(|cluster| {
         let mut command = cargo();
         command
             .args(["run", "--quiet", "--package", "culvert-tests", "--bin", "demo", "--", "--cluster"])

@@ -70,6 +70,9 @@ enum Verb {
         /// On a Kubernetes cluster of two nodes, which is made for it, with pods: by kind where Docker works.
         #[arg(long)]
         cluster: bool,
+        /// By kind, with nodes of this image, as with `cluster up`.
+        #[arg(long, value_name = "IMAGE", requires = "cluster")]
+        node_image: Option<String>,
         /// Leaves everything running, and says how to use it.
         #[arg(long)]
         keep: bool,
@@ -91,8 +94,8 @@ fn main() -> ExitCode {
         Verb::Test { suite, filter, cluster } => test::run(suite, filter.as_deref(), &cluster),
         Verb::Fuzz { target, seconds } => fuzz::explore(target.as_deref(), seconds),
         Verb::Cluster(arguments) => cluster::run(arguments),
-        Verb::Demo { cluster: false, keep, remove } => launch::demo(keep, remove),
-        Verb::Demo { cluster: true, keep, remove } => installed::demo(keep, remove),
+        Verb::Demo { cluster: false, keep, remove, .. } => launch::demo(keep, remove),
+        Verb::Demo { cluster: true, keep, remove, node_image } => installed::demo(keep, remove, node_image),
         Verb::Bench(arguments) => bench::bench(&arguments),
     };
     match done {

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::cluster::{Cluster, Guard};
+use crate::cluster::{Cluster, Guard, Up};
 use crate::run::{cargo, run as run_program};
 use crate::setup::{self, Scope};
 use crate::{installed, launch, tidy, vm};
@@ -56,6 +56,9 @@ pub(crate) struct ClusterOptions {
     /// The cluster that is made for the cluster tests has the Kubernetes of this directory, as with `cluster up`.
     #[arg(long, value_name = "DIR", conflicts_with = "kubeconfig")]
     kubernetes: Option<PathBuf>,
+    /// The cluster that is made for the cluster tests is kind's, with nodes of this image, as with `cluster up`.
+    #[arg(long, value_name = "IMAGE", conflicts_with_all = ["kubeconfig", "kubernetes"])]
+    node_image: Option<String>,
     /// Leaves the cluster running that the cluster tests have made; they use it again the next time.
     #[arg(long)]
     keep: bool,
@@ -135,7 +138,8 @@ fn cluster(filter: Option<&str>, options: &ClusterOptions) -> Result<()> {
         return run_program(command.env("KUBECONFIG", kubeconfig));
     }
     let guard = Guard::new(&Cluster::named(CLUSTER)?)?;
-    let outcome = installed::up(CLUSTER, &binary, VALUES, options.kubernetes.as_deref()).and_then(|cluster| {
+    let made = Up { kubernetes: options.kubernetes.clone(), node_image: options.node_image.clone(), ..Up::two_nodes() };
+    let outcome = installed::up(CLUSTER, &binary, VALUES, made).and_then(|cluster| {
         installed::hand_over(&cluster, CLUSTER, &mut command)?;
         run_program(&mut command)
     });

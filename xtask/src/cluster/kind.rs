@@ -37,6 +37,10 @@ pub(super) fn up(cluster: &Cluster, up: &Up) -> Result<()> {
     fs::write(&file, config)?;
     let mut create = kind(cluster, &["create", "cluster"]);
     create.arg("--config").arg(file).arg("--kubeconfig").arg(cluster.kubeconfig()).args(["--wait", PATIENCE]);
+    if let Some(image) = &up.node_image {
+        fs::write(cluster.path("kubernetes"), image)?;
+        create.args(["--image", image]);
+    }
     run(&mut create)?;
     let names = output(&mut kind(cluster, &["get", "nodes"]))?;
     let mut names: Vec<&str> = names.lines().filter(|name| *name != control_plane(cluster)).collect();
