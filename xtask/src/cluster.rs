@@ -355,7 +355,8 @@ impl Cluster {
     /// # Errors
     /// All that could not be removed.
     pub(crate) fn down(&self) -> Result<()> {
-        if self.maker() == Some(Maker::Kind) {
+        // Its containers outlive the machine's start, which the directory does not.
+        if self.maker() == Some(Maker::Kind) || kind::has(self) {
             kind::down(self)?;
         }
         source_cluster::down(self)

@@ -15,6 +15,8 @@ use crate::setup::{self, Scope};
 
 /// How long nodes, and the name server on them, may take until they are ready, as kind and kubectl are told it.
 const PATIENCE: &str = "120s";
+/// kind uses no other engine, whichever it could: what we ask of the engine ourselves, we ask Docker.
+const PROVIDER: (&str, &str) = ("KIND_EXPERIMENTAL_PROVIDER", "docker");
 
 /// Why kind does not work here; nothing if it does.
 pub(super) fn missing() -> Option<&'static str> {
@@ -68,6 +70,12 @@ fn wait_until_ready(cluster: &Cluster) -> Result<()> {
     let timeout = format!("--timeout={PATIENCE}");
     run(cluster.kubectl().args(["wait", "--for=condition=Ready", "node", "--all", &timeout]))?;
     run(cluster.kubectl().args(["--namespace", "kube-system", "rollout", "status", "deployment/coredns", &timeout]))
+}
+
+/// Whether kind has the cluster, whatever we know of it.
+pub(super) fn has(cluster: &Cluster) -> bool {
+    let clusters = || output(Command::new("kind").args(["get", "clusters", "--quiet"]).env(PROVIDER.0, PROVIDER.1)).ok();
+    missing().is_none() && clusters().is_some_and(|names| names.lines().any(|name| name == kind_name(cluster)))
 }
 
 /// Removes the cluster.
@@ -175,10 +183,10 @@ fn on_control_plane(cluster: &Cluster, words: &[&str]) -> Command {
     command
 }
 
-/// kind, whatever other engines it could use: what we ask of the engine ourselves, we ask Docker.
+/// kind, with Docker.
 fn kind(cluster: &Cluster, verb: &[&str]) -> Command {
     let mut command = Command::new("kind");
-    command.args(verb).args(["--name", &kind_name(cluster)]).env("KIND_EXPERIMENTAL_PROVIDER", "docker");
+    command.args(verb).args(["--name", &kind_name(cluster)]).env(PROVIDER.0, PROVIDER.1);
     command
 }
 
