@@ -136,9 +136,9 @@ fn a_pod_in_the_nodes_network_that_calls_itself_the_kubelet_is_refused_under_str
     let refused = ask_grpc().expect_err("so is its question for the server's health");
     assert!(refused.contains("refused"), "{refused}");
     if cluster.is_ours() {
-        // All that the imitator lacks is its place among the node's processes.
+        // All that the imitator lacks is its place among the node's processes. In /tmp of a node of kind's nothing may be started.
         let script = format!(
-            "cp /usr/bin/curl /tmp/kubelet && /tmp/kubelet --silent --show-error --max-time 5 http://{}:8081/",
+            "cp /usr/bin/curl /var/tmp/kubelet && /var/tmp/kubelet --silent --show-error --max-time 5 http://{}:8081/",
             addresses[0]
         );
         cluster.on_node(node, &["sh", "-c", &script]).expect("a kubelet is let in");
@@ -147,7 +147,7 @@ fn a_pod_in_the_nodes_network_that_calls_itself_the_kubelet_is_refused_under_str
             .expect_err("another is not");
         // What a kubelet does for a gRPC probe, which the API server of this cluster may not offer: the empty question, and SERVING.
         let script = format!(
-            "printf '\\0\\0\\0\\0\\0' | /tmp/kubelet --silent --show-error --max-time 5 --http2-prior-knowledge --data-binary @- \
+            "printf '\\0\\0\\0\\0\\0' | /var/tmp/kubelet --silent --show-error --max-time 5 --http2-prior-knowledge --data-binary @- \
              --header 'content-type: application/grpc' --header 'te: trailers' \
              http://{}:8082/grpc.health.v1.Health/Check | od -A n -t x1",
             addresses[0]
