@@ -178,6 +178,7 @@ impl ControllerConfig {
             same_node: self.same_node,
             cluster_ranges: self.cluster_ranges.iter().map(IpNet::trunc).collect(),
             excluded_namespaces,
+            namespaces_told: false,
         }
     }
 }

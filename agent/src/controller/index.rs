@@ -56,6 +56,8 @@ pub struct MeshSettings {
     pub cluster_ranges: Vec<IpNet>,
     /// Namespaces whose pods are never in the mesh, whatever labels say.
     pub excluded_namespaces: BTreeSet<String>,
+    /// All namespaces are told of: a pod whose namespace is not known yet is one of which nothing can be said.
+    pub namespaces_told: bool,
 }
 
 /// What a batch of changes led to.
@@ -159,7 +161,7 @@ impl Index {
         let (modes, authorizations) = self.policies.counts();
         [
             (Kind::Node, self.nodes.len()),
-            (Kind::Namespace, self.namespaces.len()),
+            (Kind::Namespace, self.namespaces.values().filter(|enrolled| **enrolled).count()),
             (Kind::Pod, self.pods.len()),
             (Kind::ServiceAccount, self.accounts.len()),
             (Kind::Service, self.services.len()),
@@ -235,7 +237,7 @@ impl Index {
             Object::Node(node) => self.set_node(key.name, Some(pod::node_ranges(node))),
             Object::Namespace(namespace) => {
                 let labels = namespace.metadata.labels.as_ref();
-                self.set_namespace(&name.name, labels.and_then(enrolment).unwrap_or(false));
+                self.set_namespace(&name.name, Some(labels.and_then(enrolment).unwrap_or(false)));
                 self.set_namespace_way(&key, labels, origin, warnings);
             }
             Object::Pod(pod) => {
@@ -274,7 +276,7 @@ impl Index {
         self.forget_way(key);
         match key.kind {
             Kind::Node => self.set_node(key.name.clone(), None),
-            Kind::Namespace => self.set_namespace(&name.name, false),
+            Kind::Namespace => self.set_namespace(&name.name, None),
             Kind::Pod => self.set_pod(name, None),
             Kind::ServiceAccount => drop(self.accounts.remove(&name)),
             Kind::Service => self.set_service(name, None),
@@ -303,11 +305,11 @@ impl Index {
         }
     }
 
-    fn set_namespace(&mut self, name: &Arc<str>, enrolled: bool) {
-        let before = self.namespaces.insert(Arc::clone(name), enrolled).unwrap_or(false);
-        if !enrolled {
-            self.namespaces.remove(name);
-        }
+    fn set_namespace(&mut self, name: &Arc<str>, enrolled: Option<bool>) {
+        let before = match enrolled {
+            Some(enrolled) => self.namespaces.insert(Arc::clone(name), enrolled),
+            None => self.namespaces.remove(name),
+        };
         if before != enrolled {
             self.touch_namespace(Some(Arc::clone(name)));
         }

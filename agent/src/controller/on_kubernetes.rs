@@ -20,7 +20,7 @@ use super::node_auth::{NodeAuth, TokenReviews};
 use super::serve::Shared;
 use super::source::kubernetes::Cluster;
 use super::source::{Feed, Source};
-use super::{ControllerConfig, Followed, Outlets, RunningController, follow, listen, serving_names};
+use super::{ControllerConfig, Followed, MeshSettings, Outlets, RunningController, follow, listen, serving_names};
 use crate::controller::authority::Authority;
 use crate::observe::{ControllerMetrics, Readiness, http, readiness};
 
@@ -70,7 +70,7 @@ pub async fn start(
     let authority = ca::open(client.clone(), settings, signing, stop.clone());
     let nodes: Arc<dyn NodeAuth> = Arc::new(TokenReviews::new(client.clone(), &kubernetes.namespace));
     let excluded = kubernetes.excluded_namespaces.iter().cloned().chain([kubernetes.namespace.clone()]).collect::<BTreeSet<_>>();
-    let mesh = config.mesh_settings(excluded);
+    let mesh = MeshSettings { namespaces_told: true, ..config.mesh_settings(excluded) };
     let Ok(Feed { batches, barrier }) = Cluster::new(client.clone(), mesh.context(), metrics.clone()).start(stop.clone());
     let (namespaces, enrolled) = watch::channel(BTreeSet::new());
     let findings = Some(policy_status::start(client.clone(), now, stop.clone()));

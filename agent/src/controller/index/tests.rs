@@ -26,6 +26,7 @@ pub(in crate::controller) fn settings(trust_domain: &str) -> MeshSettings {
         same_node: SameNode::Kernel,
         cluster_ranges: Vec::new(),
         excluded_namespaces: [].into(),
+        namespaces_told: false,
     }
 }
 

@@ -15,10 +15,13 @@ use crate::proto::workload::{NetworkMode, Port, TunnelProtocol, Workload, Worklo
 impl Index {
     /// The workload of a pod; none when there is no such pod, it has no address any more, or an older pod has its address. Of one that
     /// has no address yet its node is told, and nobody else: by its UID, or if it will be in the mesh, so that the node knows whom to
-    /// expect.
+    /// expect. Whether it is in the mesh may be its namespace's to say: nothing is said of it before that is known.
     pub(super) fn workload(&self, name: &ObjectName) -> Option<Resource> {
         let pod = self.pods.get(name)?;
         if !pod.live || pod.claimed().iter().any(|address| self.owner(*address) != Some(name)) {
+            return None;
+        }
+        if self.settings.namespaces_told && !self.namespaces.contains_key(&name.namespace) {
             return None;
         }
         let enrolled = self.enrolled(name, pod);

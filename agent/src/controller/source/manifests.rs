@@ -161,6 +161,7 @@ pub fn fuzz(bytes: &[u8]) {
             same_node: crate::model::SameNode::Kernel,
             cluster_ranges: Vec::new(),
             excluded_namespaces: std::collections::BTreeSet::new(),
+            namespaces_told: false,
         });
         drop(index.apply(&changes));
     }

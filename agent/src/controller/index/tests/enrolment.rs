@@ -1,4 +1,5 @@
-use super::{World, pod, pod_with};
+use super::{World, pod, pod_with, settings};
+use crate::controller::index::MeshSettings;
 use crate::controller::source::Kind;
 use crate::model::SpiffeId;
 
@@ -86,4 +87,18 @@ fn a_pod_without_an_address_is_told_of_by_its_uid_or_if_it_will_be_in_the_mesh()
     }
     assert!(awaited("", "uid: a37182395, ", "nodeName: node-a, "), "its namespace need not wait");
     assert!(!awaited("", "", "nodeName: node-a, "), "nobody could tell which it is");
+}
+
+#[test]
+fn nothing_is_said_of_a_pod_before_its_namespace_is_known() {
+    let behind = || World::with(MeshSettings { namespaces_told: true, ..settings("cluster.local") }, &pod("web", "10.1.0.2"));
+    let known = |world: &World| world.resources.keys().any(|(_, name)| name.ends_with("/web"));
+    for (labels, enrolled) in [("culvert.dev/mesh: enabled", true), ("", false)] {
+        let mut world = behind();
+        assert!(!known(&world), "it counts as outside of the mesh");
+        world.apply(&namespace(labels));
+        assert!(known(&world) && world.enrolled("web") == enrolled, "{labels}");
+        world.remove(Kind::Namespace, "", "shop");
+        assert!(!known(&world), "what its namespace said is not known any more");
+    }
 }
