@@ -130,6 +130,46 @@ fn nobody_passes_for_a_pod_by_its_name_or_on_another_node() {
     assert_eq!(enrolments(&mesh, "a", "elsewhere") + enrolments(&mesh, "b", "elsewhere"), 0);
 }
 
+/// An agent that is told nothing of an address takes it for nobody's after this long.
+const NOBODYS: Duration = Duration::from_millis(800);
+
+#[test]
+fn a_pod_that_the_controller_is_late_to_know_stays_closed_until_then() {
+    let (mut mesh, server) = lab();
+    let open = mesh.pod(PodSpec { name: "open", namespace: "free", node: 1, enrolled: true });
+    app::server(&open.netns, PORT, app::echo);
+    let mut capture = mesh.capture_between_nodes();
+    let (sandbox, _pod) = start(&mesh, EARLY, "uid-of-early", FIRST);
+    let begun = Instant::now();
+    while begun.elapsed() < 4 * NOBODYS {
+        assert!(!sandbox.converses(open.at(false, PORT), "marker-late"), "it is let out after {:?}", begun.elapsed());
+    }
+    mesh.apply("pod-early", &object(EARLY, "uid-of-early", FIRST));
+    eventually("it is served", || sandbox.converses(server.at(false, PORT), "marker-late"));
+    assert!(sandbox.converses(open.at(false, PORT), "marker-late"));
+    capture.finish();
+    assert!(!capture.shows(b"marker-late"), "something left in the clear");
+}
+
+#[test]
+fn a_namespace_that_was_let_out_as_nobodys_is_closed_when_it_turns_out_to_be_a_pods() {
+    let mut mesh = Mesh::prepare(MeshSpec { kubelet: true, ..MeshSpec::default() });
+    mesh.agent_environment("CULVERT_LOG", "info,culvert::capture=debug");
+    mesh.start_all();
+    let open = mesh.pod(PodSpec { name: "open", namespace: "free", node: 1, enrolled: true });
+    app::server(&open.netns, PORT, app::echo);
+    let said = |mesh: &Mesh, words: &str| mesh.log("agent-a").lines().filter(|line| line.contains(words)).count();
+    let before = said(&mesh, "is none of the mesh's");
+    let pod = mesh.place_unplugged(EARLY, FIRST);
+    mesh.plug(&pod, EARLY.node, FIRST);
+    eventually("it is taken for nobody's", || said(&mesh, "is none of the mesh's") > before);
+    let sandbox = mesh.sandbox(&pod, "uid-of-early");
+    eventually("it is known for a pod's", || said(&mesh, "was taken for nobody's, and is a pod's") > 0);
+    assert!(!sandbox.converses(open.at(false, PORT), "marker-late"), "it is still let out");
+    mesh.apply("pod-early", &object(EARLY, "uid-of-early", FIRST));
+    eventually("it is served", || sandbox.converses(open.at(false, PORT), "marker-late"));
+}
+
 #[test]
 fn a_pod_that_is_made_anew_under_its_name_has_its_own_identity() {
     let (mesh, server) = lab();

@@ -336,7 +336,11 @@ impl Mirror {
             self.drop_object(former.object, &resource.name, edit);
         }
         match decoded {
-            Decoded::Mesh(mesh) => self.take_mesh(mesh, edit),
+            Decoded::Mesh(mesh) => {
+                self.take_mesh(mesh, edit);
+                // Only Culvert's controller has such settings.
+                edit.set_of_every_pod(true);
+            }
             Decoded::Workload { workload, implicit_domain } => {
                 if implicit_domain && !self.mesh_known {
                     edit.remove_workload(&workload.uid);

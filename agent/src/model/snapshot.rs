@@ -26,6 +26,7 @@ pub struct Snapshot {
     default_deny: bool,
     cluster_ranges: Arc<[IpNet]>,
     synced: bool,
+    of_every_pod: bool,
     workloads: imbl::OrdSet<ByUid>,
     workload_by_address: imbl::OrdMap<Octets, Arc<Workload>>,
     services: imbl::OrdMap<Arc<str>, Arc<Service>>,
@@ -122,6 +123,7 @@ impl Snapshot {
             default_deny: false,
             cluster_ranges: Arc::default(),
             synced: false,
+            of_every_pod: false,
             workloads: imbl::OrdSet::new(),
             workload_by_address: imbl::OrdMap::new(),
             services: imbl::OrdMap::new(),
@@ -145,6 +147,13 @@ impl Snapshot {
     #[must_use]
     pub fn synced(&self) -> bool {
         self.synced
+    }
+
+    /// Whether the controller tells of every pod: one that it does not know is one that it does not know yet. Culvert's does; others'
+    /// may leave out those that are no business of theirs.
+    #[must_use]
+    pub fn of_every_pod(&self) -> bool {
+        self.of_every_pod
     }
 
     /// The node that this state is for.
@@ -251,6 +260,11 @@ impl Edit {
     /// Notes that the controller's first full answer is in.
     pub fn mark_synced(&mut self) {
         self.snapshot.synced = true;
+    }
+
+    /// Notes whether the controller tells of every pod.
+    pub fn set_of_every_pod(&mut self, all: bool) {
+        self.snapshot.of_every_pod = all;
     }
 
     /// Sets the mesh-wide settings.

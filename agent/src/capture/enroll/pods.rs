@@ -240,6 +240,7 @@ impl Enroller {
             }
         }
         for cookie in changed {
+            self.doubt(cookie).await;
             self.reconcile(cookie).await;
         }
         if let Some(age) = self.tracked.values().filter_map(Tracked::wants_pod).min() {

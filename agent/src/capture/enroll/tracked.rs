@@ -23,8 +23,8 @@ use crate::capture::routing::Routing;
 use crate::capture::{Listener, LocalPod, Netns, PodEvent, readiness};
 use crate::model::Workload;
 
-/// For how long a new namespace stays closed although the controller knows nobody at its address: the pod's object may come after its
-/// namespace. Short enough for an application outside of the mesh that tries again for a second.
+/// For how long a new namespace stays closed although the controller knows nobody at its address, unless the node's kubelet says that it
+/// is a pod: the pod's object may come after its namespace. Short enough for an application outside of the mesh that tries again for a second.
 pub(super) const UNKNOWN: Duration = Duration::from_millis(800);
 
 /// The same, while a pod of this node's is known that has no address yet: its namespace may be the one at hand, and a kubelet tells an
@@ -116,6 +116,11 @@ impl Tracked {
         (undecided || unsure).then_some(age)
     }
 
+    /// Whether a kubelet runs it: a pod that the API server has an object of, wherever that is on its way.
+    fn is_somebodys(&self) -> bool {
+        self.owner.is_some() && !self.excluded
+    }
+
     fn backoff(&mut self) -> Duration {
         let delay = self.retry;
         self.retry = (delay * 2).min(LAST_RETRY);
@@ -170,6 +175,7 @@ impl Enroller {
                 if tracked.excluded || named || self.is_of_this_node(&tracked.addresses) {
                     self.claim_from_others(cookie);
                 }
+                tracing::debug!(cookie, "a network namespace is none of the mesh's");
                 self.release(cookie, Release::Exempt).await;
             }
             Step::Enrol(workload) => {
@@ -281,13 +287,29 @@ impl Enroller {
             return;
         }
         tracked.asking = false;
-        if answered {
+        if answered && !known && self.snapshot.of_every_pod() && tracked.is_somebodys() && tracked.phase != Phase::Exempt {
+            // The controller is behind: what it does not know lets nothing out.
+            self.retry(cookie);
+        } else if answered {
             if !known && tracked.addresses.contains(&address) {
                 tracked.unknown.insert(address);
             }
             self.reconcile(cookie).await;
         } else {
             self.retry(cookie);
+        }
+    }
+
+    /// A namespace turns out to be a pod's, by the node's word. Was it let out as nobody's, because the controller did not know its
+    /// addresses, then that was too soon.
+    pub(super) async fn doubt(&mut self, cookie: u64) {
+        let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
+        let unknown = |address: &IpAddr| tracked.unknown.contains(address) && self.snapshot.workload_at(*address).is_none();
+        let nobodys = !tracked.addresses.is_empty() && tracked.addresses.iter().all(unknown);
+        if nobodys && self.snapshot.of_every_pod() && tracked.phase == Phase::Exempt && tracked.is_somebodys() {
+            tracing::debug!(cookie, "a network namespace was taken for nobody's, and is a pod's");
+            tracked.unknown.clear();
+            self.release(cookie, Release::Closed).await;
         }
     }
 
