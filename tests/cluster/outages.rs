@@ -1,11 +1,16 @@
 //! Promise: the controller and the API server may go and come back: nothing passes in the clear meanwhile, and traffic goes on.
 
+use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use harness::cluster::{CULVERT, PodSpec, Refusal, not_run};
 use harness::{Cluster, eventually_within};
+use serde_json::json;
 
 use crate::stage::{Stage, check};
+
+/// For how long a part of the cluster may leave the API server alone that it has not found.
+const RECOVERY: Duration = Duration::from_secs(90);
 
 #[test]
 fn without_a_controller_pods_go_on_new_ones_stay_closed_and_are_served_when_it_is_back() {
@@ -62,4 +67,28 @@ fn while_the_api_server_is_down_for_a_minute_traffic_goes_on_and_new_pods_are_se
     stage.capture = Some(cluster.capture(&stage.nodes[0]));
     stage.check_new_pod("new", 0);
     stage.check_traffic(2);
+    await_recovery(&stage.nodes);
+}
+
+/// Waits until the cluster's own parts follow the API server again, as other tests expect of them: a new pod may have its account's token,
+/// and each node's port leads to a new service. When a part asks again is up to it.
+fn await_recovery(nodes: &[String]) {
+    let cluster = Cluster;
+    let namespace = cluster.namespace("recovered", &[]);
+    let server = PodSpec::new(namespace.name(), "server", &nodes[1]);
+    eventually_within(RECOVERY, "a pod may be made", || cluster.try_apply(&server.object().to_string()).is_ok());
+    cluster.pods(&[server]);
+    cluster.apply(&json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "server", "namespace": namespace.name()},
+        "spec": {"type": "NodePort", "selector": {"app": "server"}, "ports": [{"port": 8080}]},
+    }));
+    let port = &cluster.get(namespace.name(), "service", "server")["spec"]["ports"][0]["nodePort"];
+    for node in nodes {
+        let to: SocketAddr = format!("{}:{port}", cluster.node_address(node)).parse().expect("an address");
+        eventually_within(RECOVERY, &format!("{to} leads to the service"), || {
+            cluster.outside(move || TcpStream::connect_timeout(&to, Duration::from_secs(1)).is_ok())
+        });
+    }
 }
