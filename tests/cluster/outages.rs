@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use harness::cluster::{CULVERT, PodSpec, Refusal, not_run};
 use harness::{Cluster, eventually_within};
-use serde_json::json;
 
 use crate::stage::{Stage, check};
 
@@ -78,13 +77,7 @@ fn await_recovery(nodes: &[String]) {
     let server = PodSpec::new(namespace.name(), "server", &nodes[1]);
     eventually_within(RECOVERY, "a pod may be made", || cluster.try_apply(&server.object().to_string()).is_ok());
     cluster.pods(&[server]);
-    cluster.apply(&json!({
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": "server", "namespace": namespace.name()},
-        "spec": {"type": "NodePort", "selector": {"app": "server"}, "ports": [{"port": 8080}]},
-    }));
-    let port = &cluster.get(namespace.name(), "service", "server")["spec"]["ports"][0]["nodePort"];
+    let port = cluster.node_port(namespace.name());
     for node in nodes {
         let to: SocketAddr = format!("{}:{port}", cluster.node_address(node)).parse().expect("an address");
         eventually_within(RECOVERY, &format!("{to} leads to the service"), || {

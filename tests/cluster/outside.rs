@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use harness::cluster::{ENROLLED, PodSpec};
 use harness::{Cluster, eventually_within};
-use serde_json::json;
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -33,16 +32,7 @@ fn a_nodes_port_leads_outsiders_to_pods_outside_of_the_mesh_and_to_permissive_on
     let servers = [&mesh, &plain].map(|namespace| PodSpec::new(namespace.name(), "server", &nodes[1]));
     cluster.pods(&servers);
     let mut capture = cluster.capture(&nodes[1]);
-    let ports = [&mesh, &plain].map(|namespace| {
-        cluster.apply(&json!({
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": {"name": "server", "namespace": namespace.name()},
-            "spec": {"type": "NodePort", "selector": {"app": "server"}, "ports": [{"port": 8080}]},
-        }));
-        let port = cluster.get(namespace.name(), "service", "server")["spec"]["ports"][0]["nodePort"].as_u64().expect("a port");
-        u16::try_from(port).expect("a port")
-    });
+    let ports = [&mesh, &plain].map(|namespace| cluster.node_port(namespace.name()));
     let addresses = [0, 1].map(|node: usize| cluster.node_address(&nodes[node]));
     let from_outside = |port: u16, node: usize, say: &str| {
         let (to, say) = (format!("{}:{port}", addresses[node]).parse().expect("an address"), say.to_owned());

@@ -167,6 +167,22 @@ impl Cluster {
         names.map(str::to_owned).collect()
     }
 
+    /// Makes a service of a namespace's pod `server`, on 8080, and gives the port of each node that leads there.
+    ///
+    /// # Panics
+    /// When the API server does not take it.
+    #[must_use]
+    pub fn node_port(&self, namespace: &str) -> u16 {
+        self.apply(&json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "server", "namespace": namespace},
+            "spec": {"type": "NodePort", "selector": {"app": "server"}, "ports": [{"port": 8080}]},
+        }));
+        let port = self.get(namespace, "service", "server")["spec"]["ports"][0]["nodePort"].as_u64().expect("a port");
+        u16::try_from(port).expect("a port")
+    }
+
     /// A node's own address.
     ///
     /// # Panics
