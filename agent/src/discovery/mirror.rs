@@ -339,7 +339,7 @@ impl Mirror {
             Decoded::Mesh(mesh) => {
                 self.take_mesh(mesh, edit);
                 // Only Culvert's controller has such settings.
-                edit.set_of_every_pod(true);
+                edit.mark_of_every_pod();
             }
             Decoded::Workload { workload, implicit_domain } => {
                 if implicit_domain && !self.mesh_known {

@@ -262,9 +262,9 @@ impl Edit {
         self.snapshot.synced = true;
     }
 
-    /// Notes whether the controller tells of every pod.
-    pub fn set_of_every_pod(&mut self, all: bool) {
-        self.snapshot.of_every_pod = all;
+    /// Notes that the controller tells of every pod.
+    pub fn mark_of_every_pod(&mut self) {
+        self.snapshot.of_every_pod = true;
     }
 
     /// Sets the mesh-wide settings.

@@ -21,7 +21,7 @@ use super::{Enroller, FIRST_RETRY, LAST_RETRY, Message, pods};
 use crate::capture::netns::AddressWatch;
 use crate::capture::routing::Routing;
 use crate::capture::{Listener, LocalPod, Netns, PodEvent, readiness};
-use crate::model::Workload;
+use crate::model::{Snapshot, Workload};
 
 /// For how long a new namespace stays closed although the controller knows nobody at its address, unless the node's kubelet says that it
 /// is a pod: the pod's object may come after its namespace. Short enough for an application outside of the mesh that tries again for a second.
@@ -116,9 +116,9 @@ impl Tracked {
         (undecided || unsure).then_some(age)
     }
 
-    /// Whether a kubelet runs it: a pod that the API server has an object of, wherever that is on its way.
-    fn is_somebodys(&self) -> bool {
-        self.owner.is_some() && !self.excluded
+    /// Whether the controller will tell of it, as of every pod: a kubelet runs it, so that the API server has an object of it.
+    fn will_be_told(&self, snapshot: &Snapshot) -> bool {
+        snapshot.of_every_pod() && self.owner.is_some() && !self.excluded
     }
 
     fn backoff(&mut self) -> Duration {
@@ -287,7 +287,7 @@ impl Enroller {
             return;
         }
         tracked.asking = false;
-        if answered && !known && self.snapshot.of_every_pod() && tracked.is_somebodys() && tracked.phase != Phase::Exempt {
+        if answered && !known && tracked.will_be_told(&self.snapshot) && tracked.phase != Phase::Exempt {
             // The controller is behind: what it does not know lets nothing out.
             self.retry(cookie);
         } else if answered {
@@ -306,7 +306,7 @@ impl Enroller {
         let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
         let unknown = |address: &IpAddr| tracked.unknown.contains(address) && self.snapshot.workload_at(*address).is_none();
         let nobodys = !tracked.addresses.is_empty() && tracked.addresses.iter().all(unknown);
-        if nobodys && self.snapshot.of_every_pod() && tracked.phase == Phase::Exempt && tracked.is_somebodys() {
+        if nobodys && tracked.phase == Phase::Exempt && tracked.will_be_told(&self.snapshot) {
             tracing::debug!(cookie, "a network namespace was taken for nobody's, and is a pod's");
             tracked.unknown.clear();
             self.release(cookie, Release::Closed).await;
