@@ -1,13 +1,14 @@
 //! Two nodes and the pods of the benchmark: each server twice, as a pod of the mesh and as a pod outside of it, so that the same bytes
-//! go the same way with and without Culvert.
+//! go the same way with and without Culvert. Each agent is attached to its own node's processes and pods of the mesh. To pods outside of
+//! it none is: a direct connection runs no program of Culvert's at either end.
 
 use std::fs;
 use std::process::Command;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use harness::mesh::NODES;
-use harness::{Mesh, Namespace, Pod, PodSpec, app, eventually};
+use harness::{Attached, Mesh, MeshSpec, Namespace, Pod, PodSpec, app, eventually};
 
 use crate::load::server::Server;
 use crate::other::Other;
@@ -20,6 +21,8 @@ pub(crate) const IPERF: u16 = 5201;
 pub(crate) const NGINX: u16 = 8080;
 /// Where what is said comes back.
 const ECHO: u16 = 9009;
+/// How many connections show whether an agent's programs run for them: more than the question takes.
+const SHOWN_BY: u64 = 16;
 /// What the pods' and so the agents' connections use: the figures that are to be reached were measured with it.
 pub(crate) const CONGESTION_CONTROL: &str = "reno";
 
@@ -74,6 +77,16 @@ impl Path {
             Self::DirectSameNode | Self::SameNode | Self::Other => None,
         }
     }
+
+    /// Whether the programs of the client's node's agent must let its connections out; no other agent's programs may know of them. None:
+    /// they have more to do than to let them out.
+    fn let_out(self) -> Option<bool> {
+        match self {
+            Self::Direct | Self::DirectSameNode | Self::Plaintext | Self::Other => Some(false),
+            Self::OutOfMesh => Some(true),
+            Self::Culvert | Self::SameNode => None,
+        }
+    }
 }
 
 const PATHS: [Path; 6] = [Path::Direct, Path::Culvert, Path::DirectSameNode, Path::SameNode, Path::OutOfMesh, Path::Plaintext];
@@ -98,7 +111,7 @@ impl Topology {
     /// Makes nodes and pods, starts controller, agents and servers, and the other proxy if there is a script for it, and checks that
     /// each path is what its name says.
     pub(crate) fn start(other: Option<&std::path::Path>) -> Result<Self> {
-        let mut mesh = Mesh::start();
+        let mut mesh = Mesh::start_as(MeshSpec { attached: Attached::ToNode, ..MeshSpec::default() });
         let (client, plain_client) = (pod(&mut mesh, "client", 0, true)?, pod(&mut mesh, "plain-client", 0, false)?);
         let (server, plain_server) = (pod(&mut mesh, "server", 1, true)?, pod(&mut mesh, "plain-server", 1, false)?);
         let (near, plain_near) = (pod(&mut mesh, "near", 0, true)?, pod(&mut mesh, "plain-near", 0, false)?);
@@ -181,6 +194,7 @@ impl Topology {
         let (client, server) = self.ends(path)?;
         let to = server.at(false, ECHO);
         eventually(&format!("the path {} is there", path.name()), || app::converse(&client.netns, to, "hello").is_ok());
+        self.check_programs(path)?;
         let Some(wanted) = path.in_plain_sight() else { return Ok(()) };
         let marker = format!("marker of the path {}", path.name());
         let mut capture = self.mesh.capture_between_nodes();
@@ -190,6 +204,21 @@ impl Topology {
             return Ok(());
         }
         bail!("on the path {} the wire shows {}", path.name(), if wanted { "no plaintext" } else { "plaintext" })
+    }
+
+    fn check_programs(&self, path: Path) -> Result<()> {
+        let Some(wanted) = path.let_out() else { return Ok(()) };
+        let (client, server) = self.ends(path)?;
+        let let_out = || [0, 1].map(|node| self.mesh.outcome(node, "passed_outside"));
+        let before = let_out();
+        for _ in 0..SHOWN_BY {
+            app::converse(&client.netns, server.at(false, ECHO), "hello")
+                .with_context(|| format!("on the path {}", path.name()))?;
+        }
+        let after = let_out();
+        let seen = [0, 1].map(|node| after[node] - before[node] >= SHOWN_BY);
+        ensure!(seen == [wanted, false], "on the path {} connections were let out by the nodes' programs: {seen:?}", path.name());
+        Ok(())
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 
-use harness::{Mesh, MeshSpec, PodSpec, app};
+use harness::{Attached, Mesh, MeshSpec, PodSpec, app};
 
 #[test]
 fn every_program_and_map_is_pinned_on_each_node() {
@@ -21,7 +21,7 @@ fn every_program_and_map_is_pinned_on_each_node() {
 
 #[test]
 fn the_programs_that_know_a_kubelet_are_pinned_where_there_is_one() {
-    let mesh = Mesh::start_as(MeshSpec { kubelet: true, ..MeshSpec::default() });
+    let mesh = Mesh::start_as(MeshSpec { attached: Attached::ToKubelet, ..MeshSpec::default() });
     for node in harness::mesh::NODES {
         let pins = mesh.pins(node);
         for program in ["kubelet_connect4", "kubelet_connect6", "kubelet_sock_ops"] {

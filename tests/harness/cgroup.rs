@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::LazyLock;
 
 const PREFIX: &str = "culvert-test-";
@@ -34,6 +35,34 @@ pub fn pods() -> PathBuf {
     pods
 }
 
+/// Makes a cgroup below [`own`] that single threads of this process can [enter](enter_with_thread), too.
+///
+/// # Panics
+/// As [`own`].
+#[must_use]
+pub fn threaded(name: &str) -> PathBuf {
+    let cgroup = own().join(name);
+    fs::create_dir_all(&cgroup).expect("root may make a cgroup");
+    fs::write(cgroup.join("cgroup.type"), "threaded").expect("no cgroup beside it has a process and is of another type");
+    cgroup
+}
+
+/// Moves the calling thread to a [`threaded`] cgroup: the sockets that it makes from now on are the cgroup's.
+///
+/// # Panics
+/// When it is none of this process's.
+pub fn enter_with_thread(cgroup: &Path) {
+    fs::write(cgroup.join("cgroup.threads"), "0").expect("a threaded cgroup of this process's");
+}
+
+/// A program that is to run in a cgroup. The process that is started becomes it.
+#[must_use]
+pub fn command(cgroup: &Path, program: &str) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", "echo 0 > \"$0/cgroup.procs\" && exec \"$@\""]).arg(cgroup).arg(program);
+    command
+}
+
 /// Where the whole tree is mounted.
 fn root() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
@@ -57,7 +86,7 @@ fn remove_left(root: &Path) {
 }
 
 /// Removes a cgroup with all below it, as far as it has no processes.
-fn remove(cgroup: &Path) {
+pub(crate) fn remove(cgroup: &Path) {
     directories(cgroup).for_each(|part| remove(&part));
     let _in_use = fs::remove_dir(cgroup);
 }

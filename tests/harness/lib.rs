@@ -23,7 +23,7 @@ pub mod view;
 pub mod wire;
 
 pub use cluster::Cluster;
-pub use mesh::{Mesh, MeshSpec, Pod, PodSpec};
+pub use mesh::{Attached, Mesh, MeshSpec, Pod, PodSpec};
 pub use metrics::Metrics;
 pub use netns::Namespace;
 pub use process::{Footprint, Process};

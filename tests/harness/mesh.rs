@@ -40,7 +40,9 @@ pub const IN_THE_KERNEL: [&str; 2] = ["kernel"; 2];
 pub struct Mesh {
     id: String,
     dir: PathBuf,
-    cgroup_root: PathBuf,
+    /// Where the agent of each node is attached.
+    cgroups: [PathBuf; 2],
+    attached: Attached,
     fabric: Namespace,
     nodes: Vec<Namespace>,
     controller: Option<Child>,
@@ -62,8 +64,20 @@ pub struct MeshSpec<'a> {
     pub controller: &'a [&'a str],
     /// More arguments for the agent of each node.
     pub agents: [&'a [&'a str]; 2],
-    /// Has the agents attached where a kubelet keeps pods, which then is the part of the tree that is theirs.
-    pub kubelet: bool,
+    /// Where the agents are attached.
+    pub attached: Attached,
+}
+
+/// Which part of the tree of cgroups the agents are attached to: what is elsewhere they never see.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Attached {
+    /// All that this process starts, on both nodes.
+    #[default]
+    ToAll,
+    /// Where a kubelet keeps pods, which then is the part of the tree that is the agents'.
+    ToKubelet,
+    /// To each node its own part, in which are the node's own processes and those in its pods of the mesh. Other pods are in no part.
+    ToNode,
 }
 
 impl Mesh {
@@ -121,14 +135,19 @@ impl Mesh {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let id = format!("cv{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let dir = PathBuf::from("/run/culvert-test").join(&id);
-        let cgroup_root = if spec.kubelet { cgroup::pods() } else { cgroup::own().to_owned() };
+        let cgroups = NODES.map(|node| match spec.attached {
+            Attached::ToAll => cgroup::own().to_owned(),
+            Attached::ToKubelet => cgroup::pods(),
+            Attached::ToNode => cgroup::threaded(&format!("{id}-{node}")),
+        });
         let (fabric, root) = (Namespace::new(&format!("{id}-fabric")), dir.join("state/root-cert.pem"));
         fabric.ip("link add br0 type bridge");
         fabric.ip("link set br0 up");
         let mut mesh = Self {
             id,
             dir,
-            cgroup_root,
+            cgroups,
+            attached: spec.attached,
             fabric,
             nodes: Vec::new(),
             controller: None,
@@ -146,7 +165,7 @@ impl Mesh {
         fs::create_dir_all(mesh.dir.join("netns")).expect("a directory");
         for (number, name) in NODES.iter().enumerate() {
             fs::create_dir_all(mesh.dir.join(name).join("netns")).expect("a directory");
-            let node = Namespace::new(&format!("{}-{name}", mesh.id));
+            let node = Namespace::in_cgroup(&format!("{}-{name}", mesh.id), mesh.cgroup(number));
             // A bridge without an address of its own takes its ports' lowest, and goes astray for others when it changes.
             node.ip(&format!("link add br0 address 02:00:00:00:00:0{number} type bridge"));
             node.ip("link set br0 up");
@@ -216,7 +235,7 @@ impl Mesh {
         command.args(["agent", "--node", name, "--controller", "https://10.77.0.1:15012", "--root-cert"]);
         command.arg(&self.root).arg("--token-file").arg(self.dir.join("state/tokens").join(name));
         command.arg("--netns-dir").arg(self.netns_dir(node)).arg("--bpf-dir").arg(self.dir.join(name).join("bpf"));
-        command.arg("--cgroup-root").arg(&self.cgroup_root).arg("--state-dir").arg(self.agent_state_dir(node));
+        command.arg("--cgroup-root").arg(&self.cgroups[node]).arg("--state-dir").arg(self.agent_state_dir(node));
         command.args(&self.agent_arguments[node]).envs(self.agent_environment.iter().cloned());
         self.agents[node] = Some(self.spawn(command, &format!("agent-{name}")));
         let started = format!("agent-{name}");
@@ -398,6 +417,11 @@ impl Mesh {
         metrics.series("culvert_capture_outcomes_total").for_each(|series| eprintln!("{series}"));
     }
 
+    /// What the processes of a node are in, if it is not what everything is in.
+    fn cgroup(&self, node: usize) -> Option<&Path> {
+        (self.attached == Attached::ToNode).then_some(self.cgroups[node].as_path())
+    }
+
     fn spawn(&self, mut command: Command, name: &str) -> Child {
         let log = File::create(self.dir.join(format!("{name}.log"))).expect("a log");
         command.stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("nsenter is installed")
@@ -423,6 +447,7 @@ impl Drop for Mesh {
             }
         }
         remove(&self.dir);
+        (0..NODES.len()).filter_map(|node| self.cgroup(node)).for_each(cgroup::remove);
     }
 }
 

@@ -2,16 +2,19 @@
 
 use std::fs::File;
 use std::os::fd::AsFd as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::JoinHandle;
 
 use nix::sched::{CloneFlags, setns};
 
+use crate::cgroup;
+
 /// A network namespace of this test's.
 #[derive(Debug)]
 pub struct Namespace {
     name: String,
+    cgroup: Option<PathBuf>,
 }
 
 impl Namespace {
@@ -19,8 +22,16 @@ impl Namespace {
     #[must_use]
     pub fn new(name: &str) -> Self {
         ip(&["netns", "add", name]);
-        let namespace = Self { name: name.to_owned() };
+        let namespace = Self { name: name.to_owned(), cgroup: None };
         namespace.ip("link set lo up");
+        namespace
+    }
+
+    /// The same, with a [threaded cgroup](cgroup::threaded) that threads and programs enter together with it.
+    #[must_use]
+    pub fn in_cgroup(name: &str, cgroup: Option<&Path>) -> Self {
+        let mut namespace = Self::new(name);
+        namespace.cgroup = cgroup.map(Path::to_owned);
         namespace
     }
 
@@ -47,9 +58,12 @@ impl Namespace {
     /// # Panics
     /// When the namespace cannot be entered.
     pub fn spawn<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
-        let file = File::open(self.path()).expect("the namespace is there");
+        let (file, cgroup) = (File::open(self.path()).expect("the namespace is there"), self.cgroup.clone());
         std::thread::spawn(move || {
             setns(file.as_fd(), CloneFlags::CLONE_NEWNET).expect("root may enter");
+            if let Some(cgroup) = cgroup {
+                cgroup::enter_with_thread(&cgroup);
+            }
             f()
         })
     }
@@ -68,7 +82,11 @@ impl Namespace {
     /// A program to be run inside, with this machine's own file systems.
     #[must_use]
     pub fn command(&self, program: &str) -> Command {
-        let mut command = Command::new("nsenter");
+        let nsenter = "nsenter";
+        let mut command = match &self.cgroup {
+            None => Command::new(nsenter),
+            Some(cgroup) => cgroup::command(cgroup, nsenter),
+        };
         command.arg(format!("--net={}", self.path().display())).arg(program);
         command
     }

@@ -5,7 +5,7 @@ use std::process::{Child, ChildStdout, Stdio};
 use std::time::{Duration, Instant};
 
 use harness::mesh::{Sandbox, manifest};
-use harness::{Mesh, MeshSpec, Pod, PodSpec, app, eventually};
+use harness::{Attached, Mesh, MeshSpec, Pod, PodSpec, app, eventually};
 
 const PORT: u16 = 8080;
 /// The number of the first of the tests' own pods.
@@ -18,7 +18,7 @@ const EARLY: PodSpec<'_> = PodSpec { name: "early", namespace: "shop", node: 0, 
 
 /// A mesh of kubelets' nodes, with a server of the second that only `early` may ask.
 fn lab() -> (Mesh, Pod) {
-    let mut mesh = Mesh::start_as(MeshSpec { kubelet: true, ..MeshSpec::default() });
+    let mut mesh = Mesh::start_as(MeshSpec { attached: Attached::ToKubelet, ..MeshSpec::default() });
     mesh.mode("shop", "STRICT");
     mesh.apply(
         "only-early",
@@ -153,7 +153,7 @@ fn a_pod_that_the_controller_is_late_to_know_stays_closed_until_then() {
 
 #[test]
 fn a_namespace_that_was_let_out_as_nobodys_is_closed_when_it_turns_out_to_be_a_pods() {
-    let mut mesh = Mesh::prepare(MeshSpec { kubelet: true, ..MeshSpec::default() });
+    let mut mesh = Mesh::prepare(MeshSpec { attached: Attached::ToKubelet, ..MeshSpec::default() });
     mesh.agent_environment("CULVERT_LOG", "info,culvert::capture=debug");
     mesh.start_all();
     let open = mesh.pod(PodSpec { name: "open", namespace: "free", node: 1, enrolled: true });

@@ -140,7 +140,7 @@ impl Mesh {
 
     /// Waits until a pod may connect, and is enrolled if it is in the mesh.
     fn await_pod(&self, PodSpec { name, node, enrolled, .. }: PodSpec<'_>, may_connect: impl Fn() -> bool) {
-        // Both agents see all processes of this kernel: each has to learn that the namespace is a pod, or none of its own.
+        // Agents that are attached to all see all of this kernel's pods: each has to learn that the namespace is a pod, or none of its own.
         eventually(&format!("{name} may connect"), may_connect);
         if enrolled {
             let log = format!("agent-{}", NODES[node]);
@@ -184,9 +184,10 @@ impl Mesh {
     /// # Panics
     /// When it cannot be made.
     #[must_use]
-    pub fn place_unplugged(&self, PodSpec { name, node, .. }: PodSpec<'_>, number: u16) -> Pod {
+    pub fn place_unplugged(&self, PodSpec { name, node, enrolled, .. }: PodSpec<'_>, number: u16) -> Pod {
         let (v4, v6) = addresses(number);
-        let netns = Namespace::new(&format!("{}-p{number}", self.id));
+        let cgroup = self.cgroup(node).filter(|_| enrolled);
+        let netns = Namespace::in_cgroup(&format!("{}-p{number}", self.id), cgroup);
         let mount = self.netns_dir(node).join(name);
         File::create(&mount).expect("a file to mount on");
         let mounted = Command::new("mount").arg("--bind").arg(netns.path()).arg(&mount).status().expect("mount is there");

@@ -18,7 +18,7 @@ pub struct Sandbox {
 
 impl Mesh {
     /// Makes the cgroup of the pod of this UID, and starts its first process. The agents must be attached where a kubelet keeps pods
-    /// ([`MeshSpec::kubelet`](super::MeshSpec::kubelet)).
+    /// ([`Attached::ToKubelet`](super::Attached::ToKubelet)).
     ///
     /// # Panics
     /// When it cannot be made.
@@ -67,8 +67,7 @@ impl Drop for Sandbox {
 fn inside(cgroup: &Path, container: &str, netns: &Path) -> Command {
     let cgroup = cgroup.join(container);
     fs::create_dir_all(&cgroup).expect("root may make a cgroup");
-    let mut command = Command::new("sh");
-    command.args(["-c", "echo 0 > \"$0/cgroup.procs\" && exec \"$@\""]).arg(cgroup);
-    command.arg("nsenter").arg(format!("--net={}", netns.display())).stdin(Stdio::null());
+    let mut command = cgroup::command(&cgroup, "nsenter");
+    command.arg(format!("--net={}", netns.display())).stdin(Stdio::null());
     command
 }
