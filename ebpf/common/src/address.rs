@@ -2,10 +2,11 @@
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-/// An IPv6 address, or an IPv4 address mapped into IPv6 (RFC 4291, section 2.5.5.2). Network byte order.
+/// An IPv6 address, or an IPv4 address mapped into IPv6 (RFC 4291, section 2.5.5.2). Four words in network byte order: the programs' compiler
+/// would copy bytes one by one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Address([u8; 16]);
+pub struct Address([u32; 4]);
 
 /// An address and a TCP port.
 #[repr(C)]
@@ -30,16 +31,13 @@ const _: () = assert!(size_of::<Address>() == 16 && size_of::<Endpoint>() == 20 
 
 impl Address {
     /// No address: `::`.
-    pub const UNSPECIFIED: Self = Self([0; 16]);
+    pub const UNSPECIFIED: Self = Self([0; 4]);
 
     /// The address of these four 32-bit words, each as it lies in memory in network byte order.
     #[inline(always)]
     #[must_use]
     pub const fn from_v6_words(words: [u32; 4]) -> Self {
-        let [a, b, c, d] = words;
-        let ([a0, a1, a2, a3], [b0, b1, b2, b3]) = (a.to_ne_bytes(), b.to_ne_bytes());
-        let ([c0, c1, c2, c3], [d0, d1, d2, d3]) = (c.to_ne_bytes(), d.to_ne_bytes());
-        Self([a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3])
+        Self(words)
     }
 
     /// The IPv4 address of this 32-bit word, as it lies in memory in network byte order.
@@ -53,20 +51,17 @@ impl Address {
     #[inline(always)]
     #[must_use]
     pub const fn words(self) -> [u32; 4] {
-        let [a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3] = self.0;
-        [
-            u32::from_ne_bytes([a0, a1, a2, a3]),
-            u32::from_ne_bytes([b0, b1, b2, b3]),
-            u32::from_ne_bytes([c0, c1, c2, c3]),
-            u32::from_ne_bytes([d0, d1, d2, d3]),
-        ]
+        self.0
     }
 
     /// The 16 bytes in network order.
     #[inline(always)]
     #[must_use]
     pub const fn octets(self) -> [u8; 16] {
-        self.0
+        let [a, b, c, d] = self.0;
+        let ([a0, a1, a2, a3], [b0, b1, b2, b3]) = (a.to_ne_bytes(), b.to_ne_bytes());
+        let ([c0, c1, c2, c3], [d0, d1, d2, d3]) = (c.to_ne_bytes(), d.to_ne_bytes());
+        [a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3]
     }
 
     /// Whether this is an IPv4 address, mapped.
@@ -83,7 +78,7 @@ impl Address {
     pub const fn is_local(self) -> bool {
         let [a, b, c, d] = self.words();
         if self.is_v4() {
-            return d == 0 || self.0[12] == 127;
+            return d == 0 || d.to_ne_bytes()[0] == 127;
         }
         a == 0 && b == 0 && c == 0 && (d == 0 || d == 1_u32.to_be())
     }
@@ -91,22 +86,25 @@ impl Address {
 
 impl From<IpAddr> for Address {
     fn from(ip: IpAddr) -> Self {
-        Self(match ip {
-            IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
-            IpAddr::V6(ip) => ip.octets(),
-        })
+        match ip {
+            IpAddr::V4(ip) => ip.into(),
+            IpAddr::V6(ip) => {
+                let [a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3] = ip.octets();
+                Self([[a0, a1, a2, a3], [b0, b1, b2, b3], [c0, c1, c2, c3], [d0, d1, d2, d3]].map(u32::from_ne_bytes))
+            }
+        }
     }
 }
 
 impl From<Address> for IpAddr {
     fn from(address: Address) -> Self {
-        Ipv6Addr::from(address.0).to_canonical()
+        Ipv6Addr::from(address.octets()).to_canonical()
     }
 }
 
 impl From<Ipv4Addr> for Address {
     fn from(ip: Ipv4Addr) -> Self {
-        Self(ip.to_ipv6_mapped().octets())
+        Self::from_v4_word(u32::from_ne_bytes(ip.octets()))
     }
 }
 
