@@ -20,10 +20,10 @@ mod received;
 mod traffic;
 
 pub use admin::AdminSources;
-pub use connection::{ByteCounts, ConnectionInfo, Direction, Observer, OpenConnection, Security};
+pub use connection::{ByteCounts, ConnectionInfo, Direction, Observer, OpenConnection, Recurring, Security};
 pub use control_plane::ControllerMetrics;
 pub use log::{LogFormat, LogGuard};
-pub use metrics::{CountedTunnel, Metrics, Side};
+pub use metrics::{CountedTunnel, CountedVerdicts, Metrics, Side};
 pub use readiness::{Condition, Readiness};
 pub use received::XdsReceived;
 

@@ -10,20 +10,24 @@
 //! enrolled it with, where neither end asks for encryption; it is bound to both pods' generations, so that it is void before the agent
 //! begins to look at what a change denies, and ends with the first of both certificates.
 
+mod between;
+
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use foldhash::fast::RandomState;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::warn;
 
+use self::between::{Between, Ends, Kept};
 use crate::capture::{LocalPod, Maps, SameNodeConnection, SameNodeEvents, SameNodeMaps};
 use crate::identity::{Clock, SvidStore};
 use crate::model::{CloseReason, Flow, SameNode as Way, Snapshot, SpiffeId, Workload};
-use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Security};
+use crate::observe::{Observer, OpenConnection};
 use crate::policy::evaluate::{Evaluation, judge};
 
 /// How often it is looked whether the end of a connection could not be told.
@@ -38,14 +42,15 @@ pub struct SameNode {
     observer: Observer,
     pods: Mutex<Pods>,
     decided: Mutex<HashMap<(u64, SocketAddr), Decided>>,
-    open: Mutex<HashMap<u64, Open>>,
-    called_off: Mutex<HashMap<u64, CloseReason>>,
+    between: Mutex<Kept>,
+    open: Mutex<HashMap<u64, Open, RandomState>>,
+    called_off: Mutex<HashMap<u64, CloseReason, RandomState>>,
 }
 
 /// The enrolled pods.
 #[derive(Default)]
 struct Pods {
-    by_netns: HashMap<u64, Arc<LocalPod>>,
+    by_netns: HashMap<u64, Arc<LocalPod>, RandomState>,
     by_address: HashMap<IpAddr, Arc<LocalPod>>,
 }
 
@@ -96,9 +101,9 @@ impl SameNode {
         clock: Arc<dyn Clock>,
         observer: Observer,
     ) -> Arc<Self> {
-        let (pods, decided) = (Mutex::default(), Mutex::default());
+        let (pods, decided, between) = (Mutex::default(), Mutex::default(), Mutex::default());
         let (open, called_off) = (Mutex::default(), Mutex::default());
-        Arc::new(Self { maps, snapshots, svids, clock, observer, pods, decided, open, called_off })
+        Arc::new(Self { maps, snapshots, svids, clock, observer, pods, decided, between, open, called_off })
     }
 
     /// A pod is enrolled.
@@ -202,6 +207,7 @@ impl SameNode {
                 }
                 _ = look.tick() => {
                     self.forget_decisions();
+                    lock(&self.between).drop_unused();
                     let count = programs.outcomes().into_iter().find(|(word, _)| *word == SameNodeMaps::delayed());
                     let count = count.map_or(0, |(_, count)| count);
                     if std::mem::replace(&mut delayed, count) != count {
@@ -209,7 +215,7 @@ impl SameNode {
                     }
                 }
             }
-            let over: HashSet<_> = news.iter().filter(|told| told.ended.is_some()).map(|told| told.id).collect();
+            let over: HashSet<_, RandomState> = news.iter().filter(|told| told.ended.is_some()).map(|told| told.id).collect();
             // What is over already was never seen open: all that is to be told of it comes with its end.
             for connection in news.drain(..).filter(|told| told.ended.is_some() || !over.contains(&told.id)) {
                 self.hear(&connection);
@@ -229,9 +235,10 @@ impl SameNode {
     }
 
     fn opened(&self, connection: &SameNodeConnection) -> Open {
-        let [outbound, inbound] = self.describe(connection);
+        let between = self.between(connection);
+        count_policies(connection, &between);
+        let [outbound, inbound] = between.infos(connection.source.port());
         let source = outbound.source.clone();
-        self.count_policies(connection);
         let inbound = (!connection.steered).then(|| self.observer.open(inbound));
         Open { outbound: self.observer.open(outbound), inbound, source }
     }
@@ -241,10 +248,12 @@ impl SameNode {
         let lasted = connection.lasted.unwrap_or_default();
         let Some(Open { outbound, inbound, .. }) = lock(&self.open).remove(&connection.id) else {
             // That it was open was told at once with its end, to a predecessor, or to nobody.
-            self.count_policies(connection);
-            let [outbound, inbound] = self.describe(connection);
-            for info in [Some(outbound), (!connection.steered).then_some(inbound)].into_iter().flatten() {
-                self.observer.carried(&info, [connection.sent, connection.received], lasted, reason);
+            let between = self.between(connection);
+            count_policies(connection, &between);
+            let [outbound, inbound] = &between.recurring;
+            for recurring in [Some(outbound), (!connection.steered).then_some(inbound)].into_iter().flatten() {
+                let bytes = [connection.sent, connection.received];
+                self.observer.carried(recurring, connection.source.port(), bytes, lasted, reason);
             }
             return;
         };
@@ -256,7 +265,7 @@ impl SameNode {
     }
 
     fn failed(&self, connection: &SameNodeConnection, reason: CloseReason) {
-        let [outbound, inbound] = self.describe(connection);
+        let [outbound, inbound] = self.between(connection).infos(connection.source.port());
         let refused = reason == CloseReason::DestinationRefused;
         let detail = if refused {
             "the destination's kernel refused it: nothing listens there"
@@ -269,46 +278,43 @@ impl SameNode {
         }
     }
 
-    /// The connection as the source's side tells of it, and as the destination's does.
-    fn describe(&self, connection: &SameNodeConnection) -> [ConnectionInfo; 2] {
-        let snapshot = Arc::clone(&self.snapshots.borrow());
-        let workload = |netns, address: SocketAddr| {
-            let pod = self.pod(netns).map(|pod| pod.workload());
-            pod.or_else(|| snapshot.workload_at(address.ip()).cloned())
-        };
-        let source = workload(connection.source_netns, connection.source);
-        let destination = workload(connection.destination_netns, connection.destination);
-        let identity = |workload: &Option<Arc<Workload>>| workload.as_ref().map(|workload| workload.identity.clone());
-        [Direction::Outbound, Direction::Inbound].map(|direction| ConnectionInfo {
-            source_identity: identity(&source),
-            destination_identity: identity(&destination),
-            source: source.clone(),
-            destination: destination.clone(),
-            security: Security::Attested,
-            ..ConnectionInfo::new(direction, connection.source, connection.destination)
-        })
+    /// What the connection has in common with others between the same two pods.
+    fn between(&self, connection: &SameNodeConnection) -> Arc<Between> {
+        let ends = self.ends(connection);
+        if let Some(between) = lock(&self.between).get(connection, &ends) {
+            return between;
+        }
+        let evaluation = self.evaluation(connection);
+        let between = Arc::new(Between::new(connection, ends, evaluation.as_deref(), &self.observer));
+        lock(&self.between).keep(connection, &between);
+        between
     }
 
-    /// Counts what policies said of a connection, those that are not enforced included.
-    fn count_policies(&self, connection: &SameNodeConnection) {
+    fn ends(&self, connection: &SameNodeConnection) -> Ends {
+        let enrolled = {
+            let pods = lock(&self.pods);
+            [connection.source_netns, connection.destination_netns]
+                .map(|netns| pods.by_netns.get(&netns).map(|pod| pod.workload()))
+        };
+        let [source, destination] = enrolled;
+        let at = |address: SocketAddr| self.snapshots.borrow().workload_at(address.ip()).cloned();
+        [source.or_else(|| at(connection.source)), destination.or_else(|| at(connection.destination))]
+    }
+
+    /// What policies said of such a connection, those that are not enforced included.
+    fn evaluation(&self, connection: &SameNodeConnection) -> Option<Arc<Evaluation>> {
         let decided = lock(&self.decided)
             .get(&(connection.source_netns, connection.destination))
             .filter(|decided| decided.generations[1] == connection.generation)
             .map(|decided| Arc::clone(&decided.evaluation));
-        if connection.steered {
-            return;
-        }
-        let evaluation = decided.or_else(|| {
+        decided.or_else(|| {
             let into = self.pod(connection.destination_netns)?.workload();
             let from = self.pod(connection.source_netns)?.workload();
             let snapshot = Arc::clone(&self.snapshots.borrow());
             let (source, destination) = (connection.source, connection.destination);
             let flow = Flow { source_identity: Some(from.identity.clone()), source, destination };
             Some(Arc::new(judge(&snapshot, &into, &flow)))
-        });
-        if let Some(evaluation) = evaluation {
-            self.observer.metrics().evaluation(&evaluation);
-        }
+        })
     }
 
     /// Finds the connections whose end could not be told when it came.
@@ -339,6 +345,13 @@ impl Drop for SameNode {
             outbound.leave();
             inbound.into_iter().for_each(OpenConnection::leave);
         }
+    }
+}
+
+/// Where the destination's end is the agent, that counts them itself.
+fn count_policies(connection: &SameNodeConnection, between: &Between) {
+    if let Some(verdicts) = between.verdicts.as_ref().filter(|_| !connection.steered) {
+        verdicts.count();
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::access_log::{self, Ended};
+use super::access_log::{self, Ended, Participants};
 use super::metrics::Metrics;
 use super::traffic::Pair;
 use crate::model::{CloseReason, Service, SpiffeId, Workload};
@@ -139,6 +139,14 @@ struct Inner {
     open: [Mutex<HashMap<u64, Arc<Entry>>>; SHARDS],
 }
 
+/// What connections have in common that differ in the source's port alone. While there is one of these, its counters keep their place.
+#[derive(Debug)]
+pub struct Recurring {
+    direction: Direction,
+    pair: Arc<Pair>,
+    participants: Participants,
+}
+
 /// An open connection, as the table of open connections holds it.
 #[derive(Debug)]
 struct Entry {
@@ -209,16 +217,32 @@ impl Observer {
         access_log::failed(info, reason, detail);
     }
 
-    /// Counts and logs a connection that others have carried, when it is over: it was open for as long as they say, and `sent` bytes went
-    /// from its source to its destination, `received` back.
-    pub fn carried(&self, info: &ConnectionInfo, [sent, received]: [u64; 2], lasted: Duration, reason: CloseReason) {
-        let pair = self.0.metrics.traffic.pair(info);
+    /// What connections have in common that are like this one but for the source's port, for [`carried`](Self::carried).
+    #[must_use]
+    pub fn recurring(&self, info: &ConnectionInfo) -> Recurring {
+        let (pair, participants) = (self.0.metrics.traffic.pair(info), Participants::new(info));
+        Recurring { direction: info.direction, pair, participants }
+    }
+
+    /// Counts and logs a connection that others have carried, when it is over: one of `recurring` from `source_port`, which was open for as
+    /// long as they say. `sent` bytes went from its source to its destination, `received` back.
+    pub fn carried(
+        &self,
+        recurring: &Recurring,
+        source_port: u16,
+        [sent, received]: [u64; 2],
+        lasted: Duration,
+        reason: CloseReason,
+    ) {
+        let pair = &recurring.pair;
         pair.count_opened();
         pair.add_bytes(sent, received);
         pair.count_closed(reason);
+        self.0.metrics.traffic.touch(pair);
         self.0.metrics.count_closed(reason);
-        let [bytes_sent, bytes_received] = info.direction.of_pod([sent, received]);
-        access_log::closed(info, &Ended { bytes_sent, bytes_received, duration: lasted, reason, detail: None });
+        let [bytes_sent, bytes_received] = recurring.direction.of_pod([sent, received]);
+        let ended = Ended { bytes_sent, bytes_received, duration: lasted, reason, detail: None };
+        access_log::closed_between(&recurring.participants, source_port, &ended);
     }
 
     /// Writes the page of metrics in OpenMetrics text, open connections included up to this moment. Takes as long as `page` takes what is
@@ -344,6 +368,6 @@ impl Drop for OpenConnection {
 }
 
 #[cfg(test)]
-pub(super) mod fixtures;
+pub(crate) mod fixtures;
 #[cfg(test)]
 mod tests;

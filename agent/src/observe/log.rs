@@ -20,7 +20,7 @@ mod queue;
 mod text;
 
 use queue::{Lines, Writing, queue};
-use text::PlainText;
+use text::{PlainText, WithAccessLog};
 
 /// The environment variable with the filter.
 pub const FILTER_VARIABLE: &str = "CULVERT_LOG";
@@ -175,9 +175,12 @@ where
 {
     let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(ansi);
     let lines = match format {
-        LogFormat::Text if ansi => lines.boxed(),
-        LogFormat::Text => lines.event_format(PlainText).boxed(),
-        LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).with_span_list(true).boxed(),
+        LogFormat::Text if ansi => lines.map_event_format(|others| WithAccessLog { format, others }).boxed(),
+        LogFormat::Text => lines.event_format(WithAccessLog { format, others: PlainText }).boxed(),
+        LogFormat::Json => {
+            let lines = lines.json().flatten_event(true).with_current_span(false).with_span_list(true);
+            lines.map_event_format(|others| WithAccessLog { format, others }).boxed()
+        }
     };
     Registry::default().with(filter).with(lines)
 }

@@ -98,6 +98,19 @@ struct VerdictLabels {
 #[derive(Debug)]
 pub struct CountedTunnel(Gauge);
 
+/// The counters of what one evaluation says.
+#[derive(Debug)]
+pub struct CountedVerdicts(Vec<Counter>);
+
+impl CountedVerdicts {
+    /// Counts it once.
+    pub fn count(&self) {
+        for counter in &self.0 {
+            counter.inc();
+        }
+    }
+}
+
 impl Drop for CountedTunnel {
     fn drop(&mut self) {
         self.0.dec();
@@ -211,32 +224,42 @@ impl Metrics {
 
     /// Counts a verdict. `policy` is `namespace/name`, or none where no policy decided (`-`).
     pub fn policy_verdict(&self, policy: Option<&str>, verdict: &'static str, dry_run: bool) {
+        self.verdict_counter(policy, verdict, dry_run).inc();
+    }
+
+    fn verdict_counter(&self, policy: Option<&str>, verdict: &'static str, dry_run: bool) -> Counter {
         let dry_run = if dry_run { "true" } else { "false" };
         let mut labels = VerdictLabels { policy: policy.unwrap_or("-").into(), verdict, dry_run };
         if self.verdicts.get(&labels).is_none() && self.verdict_series.fetch_add(1, Relaxed) >= MAX_VERDICT_SERIES {
             self.verdict_series.fetch_sub(1, Relaxed);
             labels.policy = "overflow".into();
         }
-        self.verdicts.get_or_create(&labels).inc();
+        self.verdicts.get_or_create(&labels).clone()
     }
 
     /// Counts what policy evaluation said: the verdict, what dry-run policies would have done, and what was audited.
     pub fn evaluation(&self, evaluation: &Evaluation) {
-        match &evaluation.verdict {
-            Verdict::Allow { by } => self.policy_verdict(by.as_deref(), "allow", false),
-            Verdict::Deny { by } => self.policy_verdict(by.as_deref(), "deny", false),
-        }
+        self.verdicts_of(evaluation).count();
+    }
+
+    /// What counts the same evaluation again and again.
+    #[must_use]
+    pub fn verdicts_of(&self, evaluation: &Evaluation) -> CountedVerdicts {
+        let (by, verdict) = match &evaluation.verdict {
+            Verdict::Allow { by } => (by, "allow"),
+            Verdict::Deny { by } => (by, "deny"),
+        };
+        let mut counters = vec![self.verdict_counter(by.as_deref(), verdict, false)];
         for (policy, action) in &evaluation.dry_run {
             let verdict = match action {
                 Action::Allow => "allow",
                 Action::Deny => "deny",
                 Action::Audit => "audit",
             };
-            self.policy_verdict(Some(policy), verdict, true);
+            counters.push(self.verdict_counter(Some(policy), verdict, true));
         }
-        for policy in &evaluation.audited {
-            self.policy_verdict(Some(policy), "audit", false);
-        }
+        counters.extend(evaluation.audited.iter().map(|policy| self.verdict_counter(Some(policy), "audit", false)));
+        CountedVerdicts(counters)
     }
 
     /// Notes whether the agent is connected to its controller.

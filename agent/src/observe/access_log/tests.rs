@@ -1,3 +1,4 @@
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use serde_json::{Value, json};
@@ -117,6 +118,41 @@ fn the_end_of_pod_or_agent_is_no_warning() {
 #[test]
 fn an_address_is_written_as_the_library_writes_it() {
     for text in ["10.0.0.255:65535", "0.0.0.0:0", "[2001:db8::1]:443", "[::ffff:10.0.0.1]:80"] {
-        assert_eq!(Address(text.parse().expect("an address")).to_string(), text);
+        let mut fields = Fields { form: Form::Text, out: String::new() };
+        let port = fields.address("to", text.parse().expect("an address"));
+        assert_eq!(fields.out, format!(" to={text}"));
+        assert_eq!(Some(&fields.out[port]), text.rsplit(':').next());
     }
+}
+
+#[test]
+fn connections_with_common_participants_have_the_lines_that_each_would_have_alone() {
+    let ended =
+        Ended { bytes_sent: 5, bytes_received: 7, duration: Duration::from_secs(1), reason: CloseReason::Finished, detail: None };
+    let mut one = info();
+    let participants = Participants::new(&one);
+    for port in [1, 40_000, 65_535] {
+        one.source_addr.set_port(port);
+        for form in ["{}", "{:#}"] {
+            let written = |who| {
+                let line = Line { message: "connection closed", who, ended: &ended, detail: "detail" };
+                if form == "{}" { format!("{line}") } else { format!("{line:#}") }
+            };
+            let alone = written(Who::One(&one));
+            assert!(alone.contains(&format!("10.1.0.1:{port}")), "{alone}");
+            assert_eq!(written(Who::OneOf(&participants, port)), alone);
+        }
+    }
+}
+
+#[test]
+fn a_name_that_needs_it_is_written_out_in_either_form() {
+    let mut strange = info();
+    let mut workload = strange.source.as_deref().expect("a source").clone();
+    workload.name = "a\"b\n\u{9b}é".into();
+    strange.source = Some(Arc::new(workload));
+    let line = json_line(|| close(strange.clone(), CloseReason::Finished, None));
+    assert_eq!(line["src.workload"], "a\"b\n\u{9b}é");
+    let text = logged(LogFormat::Text, "info", || close(strange, CloseReason::Finished, None));
+    assert!(text.contains(r#" src.workload="a\"b\n\u{9b}é" "#) && text.lines().count() == 1, "{text}");
 }

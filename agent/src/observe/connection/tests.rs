@@ -148,7 +148,7 @@ fn a_connection_that_others_have_carried_counts_as_one_that_was_opened_and_close
         exposition(&observer)
     };
     let carried = page(|observer| {
-        observer.carried(&info(), [5, 7], Duration::from_secs(1), CloseReason::DestinationReset);
+        observer.carried(&observer.recurring(&info()), 40_000, [5, 7], Duration::from_secs(1), CloseReason::DestinationReset);
     });
     let watched = page(|observer| {
         let open = observer.open(info());

@@ -18,7 +18,8 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, FormattedFields};
 use tracing_subscriber::registry::LookupSpan;
 
-use crate::observe::can_be_quoted;
+use super::LogFormat;
+use crate::observe::{access_log, can_be_quoted};
 
 thread_local! {
     /// Where a thread makes its lines.
@@ -38,6 +39,13 @@ struct Second {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PlainText;
 
+/// Formats the access log's events, which bring their fields as they are to be written, and leaves all others to `F`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WithAccessLog<F> {
+    pub(super) format: LogFormat,
+    pub(super) others: F,
+}
+
 impl<S, N> FormatEvent<S, N> for PlainText
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
@@ -48,13 +56,7 @@ where
         let mut line = LINE.with(RefCell::take);
         line.clear();
         push_time(&mut line)?;
-        line.push_str(match *event.metadata().level() {
-            Level::ERROR => " ERROR ",
-            Level::WARN => "  WARN ",
-            Level::INFO => "  INFO ",
-            Level::DEBUG => " DEBUG ",
-            Level::TRACE => " TRACE ",
-        });
+        line.push_str(padded(*event.metadata().level()));
         let start = line.len();
         for span in context.event_scope().into_iter().flat_map(|scope| scope.from_root()) {
             line.push_str(span.name());
@@ -79,6 +81,70 @@ where
         let written = writer.write_str(&line);
         LINE.set(line);
         written
+    }
+}
+
+impl<S, N, F> FormatEvent<S, N> for WithAccessLog<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(&self, context: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+        let metadata = event.metadata();
+        if metadata.target() != access_log::TARGET || metadata.fields().field(access_log::LINE).is_none() {
+            return self.others.format_event(context, writer, event);
+        }
+        let mut line = LINE.with(RefCell::take);
+        line.clear();
+        match self.format {
+            LogFormat::Text => {
+                push_time(&mut line)?;
+                line.extend([padded(*metadata.level()), access_log::TARGET, ": "]);
+            }
+            LogFormat::Json => {
+                line.push_str("{\"timestamp\":\"");
+                push_time(&mut line)?;
+                line.extend(["\",\"level\":\"", metadata.level().as_str(), "\","]);
+            }
+        }
+        let mut whole = Whole { line: &mut line, format: self.format, result: Ok(()) };
+        event.record(&mut whole);
+        whole.result?;
+        match self.format {
+            LogFormat::Text => line.push('\n'),
+            LogFormat::Json => line.extend([",\"target\":\"", access_log::TARGET, "\"}\n"]),
+        }
+        let written = writer.write_str(&line);
+        LINE.set(line);
+        written
+    }
+}
+
+/// Takes over what the access log has written.
+struct Whole<'a> {
+    line: &'a mut String,
+    format: LogFormat,
+    result: fmt::Result,
+}
+
+impl Visit for Whole<'_> {
+    fn record_debug(&mut self, _line: &Field, value: &dyn fmt::Debug) {
+        self.result = match self.format {
+            LogFormat::Text => write!(self.line, "{value:?}"),
+            LogFormat::Json => write!(self.line, "{value:#?}"),
+        };
+    }
+}
+
+/// The level's name as it stands in a line of text.
+fn padded(level: Level) -> &'static str {
+    match level {
+        Level::ERROR => " ERROR ",
+        Level::WARN => "  WARN ",
+        Level::INFO => "  INFO ",
+        Level::DEBUG => " DEBUG ",
+        Level::TRACE => " TRACE ",
     }
 }
 
