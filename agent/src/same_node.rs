@@ -319,10 +319,7 @@ impl SameNode {
 
     /// Finds the connections whose end could not be told when it came.
     fn take_untold(&self) {
-        for connection in self.maps.all().iter().filter(|connection| connection.ended.is_some()) {
-            self.hear(connection);
-            self.maps.forget(connection.id);
-        }
+        self.maps.take_untold().iter().for_each(|connection| self.hear(connection));
     }
 
     fn forget_decisions(&self) {

@@ -43,13 +43,19 @@ pub(crate) fn observe(ctx: &SockOpsContext) {
         BPF_SOCK_OPS_TCP_CONNECT_CB => {
             // SAFETY: the helper takes the context that it was called for.
             let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-            if KUBELET_SOCKETS.remove(cookie).is_ok() && KUBELET_FLOWS.insert(sock_ops::flow(ctx), 1, 0).is_ok() {
+            // SAFETY: only the entry's presence is looked at. To look takes no lock, as to remove does, and most sockets are not the kubelet's.
+            let noted = unsafe { KUBELET_SOCKETS.get(cookie) }.is_some() && KUBELET_SOCKETS.remove(cookie).is_ok();
+            if noted && KUBELET_FLOWS.insert(sock_ops::flow(ctx), 1, 0).is_ok() {
                 let _filed_until_evicted = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
             }
         }
         BPF_SOCK_OPS_STATE_CB => {
             if ctx.arg(1) == BPF_TCP_CLOSE {
-                let _not_the_kubelets = KUBELET_FLOWS.remove(sock_ops::flow(ctx));
+                let flow = sock_ops::flow(ctx);
+                // SAFETY: as above.
+                if unsafe { KUBELET_FLOWS.get(&flow) }.is_some() {
+                    let _gone_already = KUBELET_FLOWS.remove(&flow);
+                }
             }
         }
         _ => {}

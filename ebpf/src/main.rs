@@ -2,7 +2,7 @@
 //!
 //! Entry points only, one for each hook. What a hook decides is in the module of its name; every decision is an
 //! [`Outcome`](culvert_ebpf_common::Outcome), counted and turned into the kernel's return code in `outcome.rs`.
-#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 #![cfg_attr(
     target_arch = "bpf",
     expect(unsafe_code, reason = "contexts and helpers of the kernel are raw pointers and calls; the verifier checks their use")

@@ -48,28 +48,28 @@ pub(crate) static SOCKETS: SkStorage<Socket> = SkStorage::new();
 #[map]
 pub(crate) static CAPTURED: LruHashMap<Endpoint, Endpoint> = LruHashMap::with_max_entries(65_536, 0);
 
-/// Connections to pods of which it is known who opened them: 0 for the agent's to applications; otherwise the cookie of the source's
-/// socket, its key in `CONNECTIONS`. Written and removed by `sock_ops`; read by `sk_lookup` and the agent.
+/// The agent's connections to applications in pods. Written and removed by `sock_ops`; read by `sk_lookup`.
 #[map]
-pub(crate) static ATTESTED: LruHashMap<Flow, u64> = LruHashMap::with_max_entries(131_072, 0);
+pub(crate) static DELIVERIES: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(65_536, 0);
 
 /// What the agent has decided on connections between pods of the node. Written by the agent; read by `connect`. What is evicted is
 /// decided again.
 #[map]
 pub(crate) static VERDICTS: LruHashMap<VerdictKey, Verdict> = LruHashMap::with_max_entries(32_768, 0);
 
-/// Connections between pods of the node that stay in the kernel, by the cookie of the source's socket. Written and removed by
-/// `sock_ops`; read by `sk_lookup` and the agent, which removes those whose end could not be told.
+/// Connections between pods of the node that stay in the kernel: who opened each is known. Written and removed by `sock_ops`; read by
+/// `sk_lookup` and the agent.
 #[map]
-pub(crate) static CONNECTIONS: HashMap<u64, Connection> = HashMap::with_max_entries(262_144, NO_PREALLOC);
+pub(crate) static CONNECTIONS: HashMap<Flow, Connection> = HashMap::with_max_entries(262_144, NO_PREALLOC);
 
-/// Those of which one end is closed: the side, and whether in order. Written and removed by `sock_ops`.
-#[map]
-pub(crate) static HALF_ENDED: HashMap<u64, u32> = HashMap::with_max_entries(262_144, NO_PREALLOC);
-
-/// What happens to those connections. What finds no room is counted, and told later.
+/// What happens to those connections. What finds no room is counted.
 #[map]
 pub(crate) static CONNECTION_EVENTS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
+
+/// Those of them whose end found no room among the events, by the cookie of the source's socket. Written by `sock_ops`; read and removed by
+/// the agent.
+#[map]
+pub(crate) static UNTOLD: HashMap<u64, Connection> = HashMap::with_max_entries(262_144, NO_PREALLOC);
 
 /// The names of kubelets' processes, as the kernel keeps them: 16 bytes, filled up with zeros. Written by the agent.
 #[map]

@@ -29,19 +29,19 @@ pub(crate) fn unset(ctx: &SockAddrContext) {
 
 /// What is noted of the socket whose peer is asked for.
 #[inline(always)]
-pub(crate) fn of_peer(ctx: &SockAddrContext) -> Option<Socket> {
-    copy(find(socket_of(ctx), 0))
+pub(crate) fn of_peer(ctx: &SockAddrContext) -> Option<&Socket> {
+    noted(find(socket_of(ctx), 0))
 }
 
 /// What is noted of the socket of a callback.
 #[inline(always)]
-pub(crate) fn of(ctx: &SockOpsContext) -> Option<Socket> {
+pub(crate) fn of(ctx: &SockOpsContext) -> Option<&Socket> {
     // SAFETY: the verifier checks each field access of the context; volatile keeps it where and as wide as it is.
     let socket = unsafe { core::ptr::read_volatile(&raw const (*ctx.ops).__bindgen_anon_2.sk) };
     if socket.is_null() {
         return None;
     }
-    copy(find(socket, 0))
+    noted(find(socket, 0))
 }
 
 #[inline(always)]
@@ -57,9 +57,9 @@ fn find(socket: *mut bpf_sock, flags: u64) -> *mut Socket {
 }
 
 #[inline(always)]
-fn copy(place: *const Socket) -> Option<Socket> {
+fn noted<'a>(place: *const Socket) -> Option<&'a Socket> {
     // SAFETY: the place is the socket's own and there until the program ends. `connect` wrote it before the socket had a peer.
-    if place.is_null() { None } else { Some(unsafe { *place }) }
+    unsafe { place.as_ref() }
 }
 
 #[inline(always)]

@@ -6,6 +6,8 @@
 //! source's listener is not there, none is. Both sockets are followed to their ends, since only who sent bytes knows surely how many
 //! arrived: a count of bytes received may or may not have the peer's FIN in it, one of bytes acknowledged tells by its sequence.
 
+use core::arch::asm;
+
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_NOEXIST, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK,
@@ -14,18 +16,18 @@ use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_sk_release};
 use aya_ebpf::programs::SockOpsContext;
 use culvert_ebpf_common::{
-    Address, Connection, ConnectionEvent, Endpoint, Flow, ListenerKey, ListenerRole, Namespace, NamespaceState, Outcome, Socket,
-    SocketKind, Stage, VerdictKey,
+    Address, Connection, Endpoint, Flow, ListenerKey, ListenerRole, Namespace, NamespaceState, Outcome, Socket, SocketKind,
+    Stage, VerdictKey,
 };
 
-use crate::maps::{ATTESTED, CONNECTION_EVENTS, CONNECTIONS, HALF_ENDED, LISTENERS, NAMESPACES, VERDICTS};
-use crate::{note, outcome};
+use crate::maps::{CONNECTION_EVENTS, CONNECTIONS, LISTENERS, NAMESPACES, UNTOLD, VERDICTS};
+use crate::{note, outcome, sock_ops};
 
-/// Which end of a connection, in `HALF_ENDED`; 0 is neither.
-const SOURCE: u32 = 1;
-const DESTINATION: u32 = 2;
-/// Beside the end: it was closed in order.
-const IN_ORDER: u32 = 4;
+/// Which end of a connection is closed.
+const SOURCE: u64 = 1;
+const DESTINATION: u64 = 2;
+/// An end's bit, moved by so many: it was closed in order.
+const IN_ORDER: u64 = 2;
 /// What an active end's count of acknowledged bytes has beside its payload.
 const SYN: u64 = 1;
 const FIN: u64 = 1;
@@ -81,21 +83,22 @@ fn agent_listens(own: Address) -> bool {
 
 /// A connection that `connect` has let go has its source port, and sends nothing yet: it is attested.
 #[inline(always)]
-pub(crate) fn connecting(ctx: &SockOpsContext, socket: &Socket, flow: Flow) {
-    let cookie = cookie(ctx);
+pub(crate) fn connecting(ctx: &SockOpsContext, socket: &Socket, flow: &Flow) {
     // SAFETY: an address is read at once.
     let own = unsafe { NAMESPACES.get(socket.source()) }.map(|namespace| namespace.own(flow.source.address().is_v4()));
     if own.is_none_or(|own| !flow.is_from(own)) {
         give_back(socket.source(), flow.destination);
         return outcome::count(Outcome::UnattestedSameNode);
     }
-    let kept = CONNECTIONS.insert(cookie, socket.connection(flow), 0).is_ok()
-        && ATTESTED.insert(flow, cookie, 0).is_ok()
-        && ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32).is_ok();
-    if !kept {
+    let connection = socket.connection(*flow, cookie(ctx));
+    // One with the same ends whose source is gone: its destination is not closed yet, and will find this one in its place.
+    let kept = CONNECTIONS.insert(flow, &connection, u64::from(BPF_NOEXIST)).is_ok() || {
+        abandon(flow);
+        CONNECTIONS.insert(flow, &connection, 0).is_ok()
+    };
+    if !kept || ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32).is_err() {
         // What could not be accounted for is not let through.
-        let _was_never_there = ATTESTED.remove(flow);
-        let _was_never_there = CONNECTIONS.remove(cookie);
+        let _was_never_there = CONNECTIONS.remove(flow);
         outcome::count(Outcome::UnattestedSameNode);
     }
 }
@@ -109,10 +112,10 @@ fn give_back(source: u64, destination: Endpoint) {
     }
 }
 
-/// What `sk_lookup` makes of a connection that was attested by the socket of this cookie.
+/// What `sk_lookup` makes of a connection.
 #[inline(always)]
-pub(crate) fn standing(socket: u64) -> Standing {
-    let Some(connection) = CONNECTIONS.get_ptr_mut(socket) else { return Standing::Unknown };
+pub(crate) fn standing(flow: Flow) -> Standing {
+    let Some(connection) = CONNECTIONS.get_ptr_mut(flow) else { return Standing::Unknown };
     // SAFETY: these two are written once, before the first packet.
     let (destination, generation) = unsafe { ((*connection).destination, (*connection).generation) };
     // SAFETY: the entry is read at once.
@@ -130,24 +133,21 @@ pub(crate) fn established(ctx: &SockOpsContext) {
     if !note::of(ctx).is_some_and(|socket| matches!(socket.kind(), SocketKind::SameNode)) {
         return;
     }
-    let cookie = cookie(ctx);
-    let Some(connection) = CONNECTIONS.get_ptr_mut(cookie) else { return };
+    let Some(connection) = of_source(ctx) else { return };
     // SAFETY: only the source's socket writes these two, and it has one state at a time.
     unsafe {
-        (*connection).opened_ns = bpf_ktime_get_ns();
+        (*connection).open_ns = bpf_ktime_get_ns();
         (*connection).set_stage(Stage::Open);
-        if !tell(cookie, &*connection) {
-            outcome::count(Outcome::DelayedTelling);
-        }
+    }
+    if !tell(connection) {
+        outcome::count(Outcome::DelayedTelling);
     }
 }
 
 /// A connection was accepted: is it one of those?
 #[inline(always)]
 pub(crate) fn accepted(ctx: &SockOpsContext) {
-    // SAFETY: the entry is a 64-bit word, read once.
-    let Some(socket) = unsafe { ATTESTED.get(crate::sock_ops::flow(ctx).reversed()) }.copied() else { return };
-    let Some(connection) = CONNECTIONS.get_ptr_mut(socket) else { return };
+    let Some(connection) = CONNECTIONS.get_ptr_mut(sock_ops::flow(ctx).reversed()) else { return };
     if ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32).is_ok() {
         // SAFETY: a word that only the destination's socket writes.
         unsafe { (*connection).accepted = cookie(ctx) };
@@ -157,9 +157,7 @@ pub(crate) fn accepted(ctx: &SockOpsContext) {
 /// A socket that nothing is noted of is closed: is it the destination's of one of those?
 #[inline(always)]
 pub(crate) fn destination_closed(ctx: &SockOpsContext) {
-    // SAFETY: the entry is a 64-bit word, read once.
-    let Some(socket) = unsafe { ATTESTED.get(crate::sock_ops::flow(ctx).reversed()) }.copied() else { return };
-    let Some(connection) = CONNECTIONS.get_ptr_mut(socket) else { return };
+    let Some(connection) = CONNECTIONS.get_ptr_mut(sock_ops::flow(ctx).reversed()) else { return };
     // SAFETY: only the destination's socket, which is this one, writes these.
     unsafe {
         if (*connection).accepted != cookie(ctx) {
@@ -167,85 +165,116 @@ pub(crate) fn destination_closed(ctx: &SockOpsContext) {
         }
         (*connection).received = acknowledged(ctx);
     }
-    half_ended(ctx, socket, connection, DESTINATION);
+    half_ended(ctx, connection, DESTINATION, SOURCE);
 }
 
 /// The source's socket is closed.
 #[inline(always)]
 pub(crate) fn source_closed(ctx: &SockOpsContext) {
-    let cookie = cookie(ctx);
-    let Some(connection) = CONNECTIONS.get_ptr_mut(cookie) else { return };
+    let Some(connection) = of_source(ctx) else { return };
     // SAFETY: only the source's socket, which is this one, writes the first; the second is a word, read once.
-    let (opened, accepted) = unsafe { ((*connection).opened_ns != 0, (*connection).accepted != 0) };
+    let (opened, accepted) = unsafe { ((*connection).open_ns != 0, (*connection).accepted != 0) };
     if !opened {
         if segments_in(ctx) > 0 {
-            return ended(cookie, connection, Stage::Refused);
+            return ended(connection, Stage::Refused);
         }
         // Nothing says that the network between the two lets through more than tunnels: a NetworkPolicy may not.
         // SAFETY: as above.
         let (source, destination) = unsafe { ((*connection).source, (*connection).flow.destination) };
         give_back(source, destination);
-        return ended(cookie, connection, Stage::Unanswered);
+        return ended(connection, Stage::Unanswered);
     }
     // SAFETY: as above.
-    unsafe { (*connection).sent = acknowledged(ctx).saturating_sub(SYN) };
+    unsafe {
+        (*connection).sent = acknowledged(ctx).saturating_sub(SYN);
+        (*connection).arrived = arrived(ctx);
+    }
     if accepted {
-        half_ended(ctx, cookie, connection, SOURCE);
+        half_ended(ctx, connection, SOURCE, DESTINATION);
     } else {
         // The destination never took it up; or it did in a socket that these programs are not asked about, and is not followed.
-        // SAFETY: as above.
-        unsafe { (*connection).received = received(ctx) };
-        ended(cookie, connection, if fin_acknowledged(ctx) { Stage::Finished } else { Stage::SourceReset });
+        ended_alone(connection, fin_acknowledged(ctx));
     }
 }
 
-/// One end is closed. Who comes second tells of the connection; the map lets only one be first.
+/// The connection of which this is the source's socket.
 #[inline(always)]
-fn half_ended(ctx: &SockOpsContext, cookie: u64, connection: *mut Connection, side: u32) {
+fn of_source(ctx: &SockOpsContext) -> Option<*mut Connection> {
+    let connection = CONNECTIONS.get_ptr_mut(sock_ops::flow(ctx))?;
+    // SAFETY: a word that is written once, before there was an entry.
+    if unsafe { (*connection).socket } == cookie(ctx) { Some(connection) } else { None }
+}
+
+/// Tells of a connection whose ends another has now, and forgets it.
+#[inline(always)]
+fn abandon(flow: &Flow) {
+    let Some(connection) = CONNECTIONS.get_ptr_mut(flow) else { return };
+    let closed = close(connection, SOURCE | DESTINATION);
+    if closed & DESTINATION == 0 {
+        ended_alone(connection, closed & (SOURCE << IN_ORDER) != 0);
+    }
+}
+
+/// One end is closed. Who comes second tells of the connection.
+#[inline(always)]
+fn half_ended(ctx: &SockOpsContext, connection: *mut Connection, this: u64, other: u64) {
     let in_order = fin_acknowledged(ctx);
-    if HALF_ENDED.insert(cookie, side | if in_order { IN_ORDER } else { 0 }, u64::from(BPF_NOEXIST)).is_ok() {
+    let first = close(connection, if in_order { this | this << IN_ORDER } else { this });
+    if first & this != 0 || first & other == 0 {
         return;
     }
-    // SAFETY: the entry is a word, read once; nobody writes it a second time. None: there was no room for one.
-    let first = unsafe { HALF_ENDED.get(cookie) }.copied().unwrap_or(0);
     // Who ends a connection out of order is closed first: its reset is not sent before.
-    let stage = if in_order && first & IN_ORDER != 0 {
+    let stage = if in_order && first & (other << IN_ORDER) != 0 {
         Stage::Finished
-    } else if first & SOURCE != 0 {
+    } else if other == SOURCE {
         Stage::SourceReset
     } else {
         Stage::DestinationReset
     };
-    let _was_never_there = HALF_ENDED.remove(cookie);
-    ended(cookie, connection, stage);
+    ended(connection, stage);
 }
 
-/// Tells of a connection's end and forgets it. What cannot be told now stays for the agent to find.
+/// Notes ends that are closed. Returns what was noted before: of two that come at once, one is first.
 #[inline(always)]
-fn ended(cookie: u64, connection: *mut Connection, stage: Stage) {
+fn close(connection: *mut Connection, ends: u64) -> u64 {
+    let mut closed = ends;
+    // SAFETY: an atomic operation on an aligned word of the entry. `core` has none for this target that returns what was there.
+    unsafe {
+        asm!("{closed} = atomic_fetch_or((u64 *)({word} + 0), {closed})", closed = inout(reg) closed, word = in(reg) &raw mut (*connection).closed);
+    }
+    closed
+}
+
+/// The same as [`ended`], when only the source has told how many bytes there were.
+#[inline(always)]
+fn ended_alone(connection: *mut Connection, in_order: bool) {
+    // SAFETY: the source's socket is closed, and the destination's is not followed.
+    unsafe { (*connection).received = (*connection).arrived };
+    ended(connection, if in_order { Stage::Finished } else { Stage::SourceReset });
+}
+
+/// Tells of a connection's end and forgets it. What cannot be told now is kept for the agent to find.
+#[inline(always)]
+fn ended(connection: *mut Connection, stage: Stage) {
     // SAFETY: both sockets are closed, or there was only one: nobody else writes the entry any more.
-    let (flow, told) = unsafe {
-        if (*connection).opened_ns != 0 {
-            (*connection).duration_ns = bpf_ktime_get_ns().saturating_sub((*connection).opened_ns);
+    unsafe {
+        if (*connection).open_ns != 0 {
+            (*connection).open_ns = bpf_ktime_get_ns().saturating_sub((*connection).open_ns);
         }
         (*connection).set_stage(stage);
-        ((*connection).flow, tell(cookie, &*connection))
-    };
-    // SAFETY: the entry is a 64-bit word, read once. A later connection may have the same ends.
-    if unsafe { ATTESTED.get(flow) }.copied() == Some(cookie) {
-        let _gone_already = ATTESTED.remove(flow);
-    }
-    if told {
-        let _gone_already = CONNECTIONS.remove(cookie);
-    } else {
-        outcome::count(Outcome::DelayedTelling);
+        if !tell(connection) {
+            outcome::count(Outcome::DelayedTelling);
+            let _full = UNTOLD.insert((*connection).socket, &*connection, 0);
+        }
+        let _gone_already = CONNECTIONS.remove((*connection).flow);
     }
 }
 
 #[inline(always)]
-fn tell(socket: u64, connection: &Connection) -> bool {
-    let Some(mut event) = CONNECTION_EVENTS.reserve::<ConnectionEvent>(0) else { return false };
-    event.write(ConnectionEvent { socket, connection: *connection });
+fn tell(connection: *const Connection) -> bool {
+    let Some(mut event) = CONNECTION_EVENTS.reserve::<Connection>(0) else { return false };
+    // SAFETY: both are there, one of them reserved just now, and as large as what is copied.
+    unsafe { core::ptr::copy_nonoverlapping(connection, event.as_mut_ptr(), 1) };
     event.submit(0);
     true
 }
@@ -264,10 +293,10 @@ fn acknowledged(ctx: &SockOpsContext) -> u64 {
     if fin_acknowledged(ctx) { bytes.saturating_sub(FIN) } else { bytes }
 }
 
-/// The payload that the socket has received, as far as it can tell: whether a peer's FIN is among it is known of the states that follow
+/// The payload that the source's socket has received, as far as it can tell: whether a peer's FIN is among it is known of the states that follow
 /// one, and taken for granted in the state before the last.
 #[inline(always)]
-fn received(ctx: &SockOpsContext) -> u64 {
+fn arrived(ctx: &SockOpsContext) -> u64 {
     // SAFETY: as above.
     let bytes = unsafe { core::ptr::read_volatile(&raw const (*ctx.ops).bytes_received) };
     match ctx.arg(0) {

@@ -10,7 +10,7 @@ use culvert_ebpf_common::{
     Address, Admission, Endpoint, Event, Flow, HBONE_PORT, ListenerKey, ListenerRole, OUTBOUND_PORT, Outcome,
 };
 
-use crate::maps::{self, ADMISSIONS, ATTESTED, CAPTURED, KUBELET_FLOWS, LISTENERS};
+use crate::maps::{self, ADMISSIONS, CAPTURED, DELIVERIES, KUBELET_FLOWS, LISTENERS};
 use crate::same_node::{self, Standing};
 
 const AF_INET: u32 = 2;
@@ -36,17 +36,14 @@ pub(crate) fn admit(ctx: &SkLookupContext) -> Outcome {
         }
         return Outcome::AdmittedLocal;
     }
-    // SAFETY: the entry is a 64-bit word, read once.
-    match unsafe { ATTESTED.get(flow) }.copied() {
-        Some(0) => return Outcome::AdmittedDelivery,
-        Some(socket) => match same_node::standing(socket) {
-            Standing::Valid => return Outcome::AdmittedSameNode,
-            Standing::Stale => {
-                return steer(ctx, destination.address(), ListenerRole::Plaintext, Outcome::SteeredSameNode);
-            }
-            Standing::Unknown => {}
-        },
-        None => {}
+    // SAFETY: only the entry's presence is looked at.
+    if unsafe { DELIVERIES.get(flow) }.is_some() {
+        return Outcome::AdmittedDelivery;
+    }
+    match same_node::standing(flow) {
+        Standing::Valid => return Outcome::AdmittedSameNode,
+        Standing::Stale => return steer(ctx, destination.address(), ListenerRole::Plaintext, Outcome::SteeredSameNode),
+        Standing::Unknown => {}
     }
     // SAFETY: only the entry's presence is looked at.
     if unsafe { KUBELET_FLOWS.get(flow) }.is_some() {

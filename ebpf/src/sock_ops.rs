@@ -1,7 +1,7 @@
 //! Socket callbacks: the moment at which a connecting socket has its source port but has sent nothing.
 //!
 //! Here a captured connection's original destination is filed under its source, where the agent finds it after `accept()`, and
-//! a delivery of the agent's is attested, so that `sk_lookup` lets it through to the application. Connections between pods of the node
+//! a delivery of the agent's is noted, so that `sk_lookup` lets it through to the application. Connections between pods of the node
 //! that stay in the kernel are attested here, too, and accounted for.
 
 use aya_ebpf::bindings::{
@@ -11,7 +11,7 @@ use aya_ebpf::bindings::{
 use aya_ebpf::programs::SockOpsContext;
 use culvert_ebpf_common::{Address, Endpoint, Flow, SocketKind};
 
-use crate::maps::{ATTESTED, CAPTURED};
+use crate::maps::{CAPTURED, DELIVERIES};
 use crate::{note, same_node};
 
 const AF_INET: u32 = 2;
@@ -38,13 +38,13 @@ fn connecting(ctx: &SockOpsContext) {
     let flow = flow(ctx);
     match socket.kind() {
         // A full map loses the oldest entry; a connection whose entry is lost is reset by the agent.
-        SocketKind::Captured => drop(CAPTURED.insert(flow.source, socket.original_dst(), 0)),
+        SocketKind::Captured => drop(CAPTURED.insert(&flow.source, socket.original_dst(), 0)),
         SocketKind::Delivery => {
-            if ATTESTED.insert(flow, 0, 0).is_ok() {
-                let _unattested_until_evicted = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
+            if DELIVERIES.insert(&flow, 1, 0).is_ok() {
+                let _there_until_evicted = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
             }
         }
-        SocketKind::SameNode => same_node::connecting(ctx, &socket, flow),
+        SocketKind::SameNode => same_node::connecting(ctx, socket, &flow),
     }
 }
 
@@ -53,7 +53,7 @@ fn closed(ctx: &SockOpsContext) {
     match note::of(ctx).map(|socket| socket.kind()) {
         Some(SocketKind::SameNode) => same_node::source_closed(ctx),
         Some(SocketKind::Delivery) => {
-            let _gone_already = ATTESTED.remove(flow(ctx));
+            let _gone_already = DELIVERIES.remove(flow(ctx));
         }
         // The agents of other nodes on this kernel follow sockets of their own.
         Some(SocketKind::Captured) => {}

@@ -13,7 +13,7 @@ fn every_program_and_map_is_pinned_on_each_node() {
         for program in ["connect4", "connect6", "getpeername4", "getpeername6", "sock_ops"] {
             assert!(pins.iter().any(|pin| pin.contains(program)), "{program} is not pinned on {node}: {pins:?}");
         }
-        for map in ["NAMESPACES", "DESTINATIONS", "CAPTURED", "ATTESTED", "ADMISSIONS", "LISTENERS", "SETTINGS"] {
+        for map in ["NAMESPACES", "DESTINATIONS", "CAPTURED", "DELIVERIES", "ADMISSIONS", "LISTENERS", "SETTINGS"] {
             assert!(pins.contains(map), "{map} is not pinned on {node}: {pins:?}");
         }
     }

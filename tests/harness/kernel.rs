@@ -30,11 +30,11 @@ pub fn holdings(mesh: &Mesh, node: usize) -> Holdings {
     let map = |name: &str| MapData::from_pin(pins.join(name)).expect("a pinned map");
     let entries = [
         ("ADMISSIONS", hash::<20, 4>(map("ADMISSIONS"))),
-        ("CONNECTIONS", hash::<8, 112>(map("CONNECTIONS"))),
+        ("CONNECTIONS", hash::<40, 128>(map("CONNECTIONS"))),
         ("DESTINATIONS", hash::<20, 4>(map("DESTINATIONS"))),
-        ("HALF_ENDED", hash::<8, 4>(map("HALF_ENDED"))),
         ("LISTENERS", sockets(map("LISTENERS"))),
         ("NAMESPACES", pods(map("NAMESPACES"))),
+        ("UNTOLD", hash::<8, 128>(map("UNTOLD"))),
     ];
     Holdings {
         entries: entries.into(),

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use harness::{Capture, Mesh, Pod, PodSpec, app, eventually};
 use nix::sys::signal::Signal;
+use socket2::{Domain, Socket, Type};
 
 const PORT: u16 = 8080;
 const OTHER_PORT: u16 = 8081;
@@ -293,6 +294,39 @@ fn where_the_network_takes_tunnels_only_connections_go_back_to_them() {
     assert_eq!(stage.outcome("passed_same_node"), passed + 1, "it is tried again and again");
     let told = |line: &&str| line.contains("reason=\"destination_unreachable\"") && line.contains("security=\"attested\"");
     eventually("it is told of", || stage.mesh.log("agent-a").lines().filter(told).count() == 1);
+}
+
+#[test]
+fn a_connection_whose_ends_another_takes_before_the_destination_knows_is_told_of_like_the_other() {
+    let stage = Stage::new();
+    let first = stage.open();
+    app::ping(&first).expect("an answer");
+    let (own, to) = (first.local_addr().expect("connected"), stage.server());
+    let passed = stage.outcome("passed_same_node");
+    // The reset is lost, and the server's end lives on.
+    stage.mesh.node(0).ip("link set v1 nomaster");
+    app::reset(first);
+    stage.mesh.node(0).ip("link set v1 master br0");
+    let second = stage.client.netns.run(move || {
+        let socket = Socket::new(Domain::for_address(own), Type::STREAM, None).expect("a socket");
+        socket.set_reuse_address(true).expect("an option");
+        socket.bind(&own.into()).expect("the port is free");
+        socket.connect_timeout(&to.into(), PATIENCE).expect("a connection");
+        TcpStream::from(socket)
+    });
+    app::converse_over(second, "second").expect("a conversation");
+    assert_eq!(stage.outcome("passed_same_node"), passed + 1);
+    let told = |reason: &str, bytes: [usize; 2]| {
+        let [sent, received] = bytes;
+        let (out, inbound) =
+            (format!("bytes_sent={sent} bytes_recv={received} "), format!("bytes_sent={received} bytes_recv={sent} "));
+        let log = stage.mesh.log("agent-a");
+        let lines = log.lines().filter(|line| line.contains(&format!("src.addr={own} ")) && line.contains(reason));
+        lines.filter(|line| line.contains(&out) || line.contains(&inbound)).count()
+    };
+    let greeting = own.to_string().len() + 1;
+    eventually("the second is told of", || told("finished", [6, greeting + 6]) == 2);
+    assert_eq!(told("source_reset", [4, greeting + 4]), 2, "{}", stage.mesh.log("agent-a"));
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use aya::Ebpf;
 use aya::maps::{HashMap, MapData, MapError, RingBuf};
-use culvert_ebpf_common::{Connection, ConnectionEvent, Endpoint, Flow, Outcome, Stage, Verdict, VerdictKey};
+use culvert_ebpf_common::{Connection, Endpoint, Flow, Outcome, Stage, Verdict, VerdictKey};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -32,8 +32,8 @@ pub struct SameNodeMaps(Arc<Tables>);
 
 struct Tables {
     verdicts: std::sync::Mutex<HashMap<MapData, VerdictKey, Verdict>>,
-    attested: std::sync::Mutex<HashMap<MapData, Flow, u64>>,
-    connections: std::sync::Mutex<HashMap<MapData, u64, Connection>>,
+    connections: std::sync::Mutex<HashMap<MapData, Flow, Connection>>,
+    untold: std::sync::Mutex<HashMap<MapData, u64, Connection>>,
     /// The generation that was given last.
     generation: AtomicU64,
 }
@@ -79,8 +79,8 @@ impl SameNodeMaps {
         let first = monotonic().map_err(CaptureError::OwnNetns)?;
         Ok(Self(Arc::new(Tables {
             verdicts: verdicts.into(),
-            attested: table::<HashMap<_, _, _>>(ebpf, "ATTESTED")?.into(),
             connections: table::<HashMap<_, _, _>>(ebpf, "CONNECTIONS")?.into(),
+            untold: table::<HashMap<_, _, _>>(ebpf, "UNTOLD")?.into(),
             generation: AtomicU64::new(first),
         })))
     }
@@ -125,20 +125,24 @@ impl SameNodeMaps {
     #[must_use]
     pub fn find(&self, source: SocketAddr, destination: SocketAddr) -> Option<SameNodeConnection> {
         let flow = Flow { source: Endpoint::from(source), destination: Endpoint::from(destination) };
-        let socket = lock(&self.0.attested).get(&flow, 0).ok().filter(|socket| *socket != 0)?;
-        let connection = lock(&self.0.connections).get(&socket, 0).ok()?;
-        Some(told(socket, &connection))
+        lock(&self.0.connections).get(&flow, 0).ok().as_ref().map(told)
     }
 
-    /// All of them, those included whose end could not be told. Takes a system call for each.
+    /// All of them. Takes a system call for each.
     #[must_use]
     pub fn all(&self) -> Vec<SameNodeConnection> {
-        lock(&self.0.connections).iter().flatten().map(|(socket, connection)| told(socket, &connection)).collect()
+        lock(&self.0.connections).iter().flatten().map(|(_, connection)| told(&connection)).collect()
     }
 
-    /// Forgets a connection whose end could not be told when it came.
-    pub fn forget(&self, id: u64) {
-        let _forgotten_already = lock(&self.0.connections).remove(&id);
+    /// Takes out those that have ended and whose end could not be told when it came.
+    #[must_use]
+    pub fn take_untold(&self) -> Vec<SameNodeConnection> {
+        let mut untold = lock(&self.0.untold);
+        let found: Vec<_> = untold.iter().flatten().collect();
+        for (socket, _) in &found {
+            let _taken_already = untold.remove(socket);
+        }
+        found.iter().map(|(_, connection)| told(connection)).collect()
     }
 
     /// The word of the outcome that is counted when something could not be told.
@@ -195,26 +199,26 @@ fn void(verdicts: &mut HashMap<MapData, VerdictKey, Verdict>) -> Result<(), MapE
 }
 
 fn decode(record: &[u8]) -> Option<SameNodeConnection> {
-    if record.len() != size_of::<ConnectionEvent>() {
+    if record.len() != size_of::<Connection>() {
         return None;
     }
-    // SAFETY: the record is as long as a `ConnectionEvent`, which is `repr(C)` and of integers only, so that any bytes are one.
-    let event = unsafe { record.as_ptr().cast::<ConnectionEvent>().read_unaligned() };
-    Some(told(event.socket, &event.connection))
+    // SAFETY: the record is as long as a `Connection`, which is `repr(C)` and of integers only, so that any bytes are one.
+    let connection = unsafe { record.as_ptr().cast::<Connection>().read_unaligned() };
+    Some(told(&connection))
 }
 
-fn told(id: u64, connection: &Connection) -> SameNodeConnection {
+fn told(connection: &Connection) -> SameNodeConnection {
     let stage = connection.stage();
     let was_open = !matches!(stage, Stage::Connecting | Stage::Open | Stage::Refused | Stage::Unanswered);
     SameNodeConnection {
-        id,
+        id: connection.socket,
         source: connection.flow.source.into(),
         destination: connection.flow.destination.into(),
         source_netns: connection.source,
         destination_netns: connection.destination,
         generation: connection.generation,
         steered: connection.steered != 0,
-        lasted: was_open.then(|| Duration::from_nanos(connection.duration_ns)),
+        lasted: was_open.then(|| Duration::from_nanos(connection.open_ns)),
         sent: connection.sent,
         received: connection.received,
         ended: match stage {
@@ -232,24 +236,23 @@ fn told(id: u64, connection: &Connection) -> SameNodeConnection {
 mod tests {
     use super::*;
 
-    fn bytes(event: &ConnectionEvent) -> Vec<u8> {
-        // SAFETY: a `ConnectionEvent` is `repr(C)` without padding, so that all of its bytes are initialised.
-        let bytes = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(event).cast::<u8>(), size_of::<ConnectionEvent>()) };
-        bytes.to_vec()
+    fn bytes(connection: &Connection) -> Vec<u8> {
+        // SAFETY: a `Connection` is `repr(C)` without padding, so that all of its bytes are initialised.
+        unsafe { std::slice::from_raw_parts(std::ptr::from_ref(connection).cast::<u8>(), size_of::<Connection>()) }.to_vec()
     }
 
-    fn event(stage: Stage) -> ConnectionEvent {
+    fn record(stage: Stage) -> Connection {
         let end = |text: &str| Endpoint::from(text.parse::<SocketAddr>().expect("an address"));
         let flow = Flow { source: end("10.0.0.1:4000"), destination: end("10.0.0.2:80") };
-        let mut connection = Connection::new(flow, 7, 8, 9);
-        (connection.duration_ns, connection.sent, connection.received) = (1_500, 3, 4);
+        let mut connection = Connection::new(flow, 5, 7, 8, 9);
+        (connection.open_ns, connection.sent, connection.received) = (1_500, 3, 4);
         connection.set_stage(stage);
-        ConnectionEvent { socket: 5, connection }
+        connection
     }
 
     #[test]
     fn a_record_becomes_the_connection_that_it_tells_of() {
-        let told = decode(&bytes(&event(Stage::Finished))).expect("a connection");
+        let told = decode(&bytes(&record(Stage::Finished))).expect("a connection");
         assert_eq!((told.id, told.source_netns, told.destination_netns, told.generation), (5, 7, 8, 9));
         assert_eq!((told.source.to_string(), told.destination.to_string()), ("10.0.0.1:4000".into(), "10.0.0.2:80".into()));
         assert_eq!((told.sent, told.received, told.lasted), (3, 4, Some(Duration::from_nanos(1_500))));
@@ -266,13 +269,13 @@ mod tests {
             (Stage::Refused, Some(CloseReason::DestinationRefused), false),
             (Stage::Unanswered, Some(CloseReason::DestinationUnreachable), false),
         ] {
-            let told = decode(&bytes(&event(stage))).expect("a connection");
+            let told = decode(&bytes(&record(stage))).expect("a connection");
             assert_eq!((told.ended, told.lasted.is_some()), (ended, lasted), "{stage:?}");
         }
     }
 
     #[test]
     fn records_of_another_length_are_left_out() {
-        assert_eq!(decode(&bytes(&event(Stage::Open))[1..]), None);
+        assert_eq!(decode(&bytes(&record(Stage::Open))[1..]), None);
     }
 }

@@ -19,7 +19,7 @@ pub use event::{Event, EventKind};
 pub use namespace::{Namespace, NamespaceState};
 pub use outcome::Outcome;
 pub use ruling::{Admission, Dispatch, ListenerKey, ListenerRole};
-pub use same_node::{Connection, ConnectionEvent, Stage, Verdict, VerdictKey};
+pub use same_node::{Connection, Stage, Verdict, VerdictKey};
 pub use settings::Settings;
 pub use socket::{Socket, SocketKind};
 
@@ -31,7 +31,7 @@ pub const PLAINTEXT_PORT: u16 = 15006;
 pub const HBONE_PORT: u16 = 15008;
 
 /// The version of the maps' layout. Agents share pinned maps only with agents of the same layout.
-pub const LAYOUT: u32 = 3;
+pub const LAYOUT: u32 = 4;
 
 #[cfg(feature = "user")]
 mod user {

@@ -28,12 +28,14 @@ pub struct Verdict {
     pub expires_ns: u64,
 }
 
-/// A connection that stays in the kernel, by the cookie of the source's socket.
+/// A connection that stays in the kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Connection {
     /// Both ends.
     pub flow: Flow,
+    /// The cookie of the source's socket, which no other socket of this kernel ever has.
+    pub socket: u64,
     /// The cookie of the source's network namespace.
     pub source: u64,
     /// The cookie of the destination's network namespace.
@@ -42,27 +44,19 @@ pub struct Connection {
     pub generation: u64,
     /// The cookie of the destination's socket; 0 until there is one.
     pub accepted: u64,
-    /// `CLOCK_MONOTONIC` in ns when it was open; 0 before.
-    pub opened_ns: u64,
-    /// How long it was open, in ns; 0 before it has ended.
-    pub duration_ns: u64,
+    /// The ends that are closed, and whether in order: bits that the programs know.
+    pub closed: u64,
+    /// `CLOCK_MONOTONIC` in ns when it was open, 0 before; once it has ended, how long it was, in ns.
+    pub open_ns: u64,
     /// Bytes that the source sent and the destination's kernel has received; 0 before it has ended.
     pub sent: u64,
     /// Bytes that the destination sent and the source's kernel has received; 0 before it has ended.
     pub received: u64,
+    /// The same as the source's socket counted them, which may have taken the destination's FIN for one; 0 before that is closed.
+    pub arrived: u64,
     stage: u32,
     /// 1: it was handed to the agent, because the destination had changed meanwhile.
     pub steered: u32,
-}
-
-/// What is told of a connection.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ConnectionEvent {
-    /// The cookie of the source's socket, which no other socket of this kernel ever has.
-    pub socket: u64,
-    /// What is known of the connection.
-    pub connection: Connection,
 }
 
 /// How far a connection has come. Kept as `u32`.
@@ -86,7 +80,7 @@ pub enum Stage {
 }
 
 const _: () = assert!(size_of::<VerdictKey>() == 32 && size_of::<Verdict>() == 32);
-const _: () = assert!(size_of::<Connection>() == 112 && size_of::<ConnectionEvent>() == 120);
+const _: () = assert!(size_of::<Connection>() == 128);
 
 impl VerdictKey {
     /// Connections from the namespace of this cookie to `destination`.
@@ -101,17 +95,19 @@ impl Connection {
     /// A connection that is being set up.
     #[inline(always)]
     #[must_use]
-    pub const fn new(flow: Flow, source: u64, destination: u64, generation: u64) -> Self {
+    pub const fn new(flow: Flow, socket: u64, source: u64, destination: u64, generation: u64) -> Self {
         Self {
             flow,
+            socket,
             source,
             destination,
             generation,
             accepted: 0,
-            opened_ns: 0,
-            duration_ns: 0,
+            closed: 0,
+            open_ns: 0,
             sent: 0,
             received: 0,
+            arrived: 0,
             stage: Stage::Connecting as u32,
             steered: 0,
         }

@@ -60,11 +60,11 @@ impl Socket {
         }
     }
 
-    /// What is kept of a connection that stays in the kernel, now that both of its ends are known.
+    /// What is kept of a connection that stays in the kernel, now that both of its ends and the cookie of its source's socket are known.
     #[inline(always)]
     #[must_use]
-    pub const fn connection(&self, flow: Flow) -> Connection {
-        Connection::new(flow, self.source, self.destination, self.generation)
+    pub const fn connection(&self, flow: Flow, socket: u64) -> Connection {
+        Connection::new(flow, socket, self.source, self.destination, self.generation)
     }
 
     /// The cookie of the network namespace that connects; 0 where that is not kept.
