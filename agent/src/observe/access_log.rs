@@ -4,7 +4,7 @@
 //! connection ended as its ends wanted, or because its pod or the agent went away; at warn otherwise. This is the only place that
 //! writes users' addresses and names above debug.
 //!
-//! The event brings its fields as they are to be written, in one ([`LINE`]): what connections between the same two pods have in common is
+//! The event brings its fields as they are to be written, in one: what connections between the same two pods have in common is
 //! made once for all of them, and to hand over fifteen fields one by one costs more than to write them.
 //!
 //! Bytes are told from the agent's own pod's point of view, in both directions: `bytes_sent` is what that pod sent. A field that
