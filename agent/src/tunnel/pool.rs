@@ -10,6 +10,8 @@ use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use tokio::sync::Semaphore;
+
 use super::dial::Dialled;
 use super::single::{Idle, Open, Unopened};
 use super::stream::{Home, Stream};
@@ -25,6 +27,9 @@ const IDLE: Duration = Duration::from_secs(90);
 const IDLE_PER_KEY: usize = 256;
 /// A tunnel that has carried a stream as recently as this is taken to be whole: a stream's first bytes need not wait for an answer.
 const FRESH: Duration = Duration::from_secs(1);
+/// How many tunnels are made at once for one key. A burst of connections waits for these, or for a tunnel that is given back: made all at
+/// once, its tunnels would crowd out each other, and everybody else's, where the peer's agent keeps those that have not shown who they are.
+const HANDSHAKES: usize = 64;
 /// How many pooled tunnels are tried before a new one is made: each may have broken unseen.
 const TRIES: usize = 4;
 
@@ -35,12 +40,20 @@ pub struct Pool<K, S> {
 }
 
 /// The tunnels of one key.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Slot {
     tunnels: Mutex<Tunnels>,
     /// Held while the first tunnel, or one more of HBONE, is being made: others wait for it rather than make one each. Never while a
     /// stream is being opened, which takes as long as its destination likes.
     dialling: tokio::sync::Mutex<()>,
+    /// Room for tunnels of the single form that are being made.
+    handshakes: Semaphore,
+}
+
+impl Default for Slot {
+    fn default() -> Self {
+        Self { tunnels: Mutex::default(), dialling: tokio::sync::Mutex::default(), handshakes: Semaphore::new(HANDSHAKES) }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -107,7 +120,7 @@ impl<K: Eq + Hash + Clone, S: Clone> Pool<K, S> {
                 opened => return opened,
             }
         }
-        let tunnel = slot.add(Box::pin(dial()).await?)?;
+        let tunnel = slot.dial_alone(&dial).await?;
         slot.open_in(tunnel, open, first).await
     }
 
@@ -191,7 +204,21 @@ impl Slot {
                 return Ok((self.add(Box::pin(dial()).await?)?, true));
             }
         }
-        Ok((self.add(Box::pin(dial()).await?)?, true))
+        // The semaphore is never closed.
+        let _room = self.handshakes.acquire().await;
+        match self.usable() {
+            Some(tunnel) => Ok((tunnel, false)),
+            None => Ok((self.add(Box::pin(dial()).await?)?, true)),
+        }
+    }
+
+    /// A new tunnel, whatever there is.
+    async fn dial_alone<F>(&self, dial: &impl Fn() -> F) -> Result<Pooled, TunnelError>
+    where
+        F: Future<Output = Result<Dialled, TunnelError>>,
+    {
+        let _room = self.handshakes.acquire().await;
+        self.add(Box::pin(dial()).await?)
     }
 
     /// Takes in a tunnel that has just been made, and picks it for a first stream. It is in nobody else's sight before that has its

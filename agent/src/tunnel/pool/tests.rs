@@ -38,6 +38,9 @@ struct Far {
     most: AtomicUsize,
     /// Nobody can be dialled while this is held.
     gate: tokio::sync::RwLock<()>,
+    /// How many are dialling, and how many were at the most.
+    dialling: AtomicUsize,
+    most_dialling: AtomicUsize,
 }
 
 impl Far {
@@ -50,9 +53,12 @@ impl Far {
     }
 
     async fn dial(self: &Arc<Self>) -> Result<Dialled, TunnelError> {
+        let dialling = self.dialling.fetch_add(1, Ordering::Relaxed) + 1;
+        self.most_dialling.fetch_max(dialling, Ordering::Relaxed);
         let _open = self.gate.read().await;
         self.dialled.fetch_add(1, Ordering::Relaxed);
         let (near, far) = ours().await;
+        self.dialling.fetch_sub(1, Ordering::Relaxed);
         let single = self.single.load(Ordering::Relaxed);
         let (this, cut) = (Arc::clone(self), lock(&self.cut).clone());
         tokio::spawn(async move {
@@ -202,6 +208,34 @@ async fn a_tunnel_of_the_single_form_carries_the_next_stream_when_one_has_ended(
     end(one).await;
     drop(other);
     assert_eq!(pool.len(), 1, "a stream that was dropped takes its tunnel with it");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_burst_makes_its_tunnels_some_at_a_time() {
+    let (far, pool) = (Far::new(true), Arc::new(Pool::new()));
+    let _one_more = open(&pool, &far, SERVED).await.unwrap();
+    let streams = open_many(&pool, &far, 4 * HANDSHAKES).await;
+    assert_eq!((streams.len(), far.dialled()), (4 * HANDSHAKES, 1 + 4 * HANDSHAKES));
+    let most = far.most_dialling.load(Ordering::Relaxed);
+    assert!((2..=HANDSHAKES).contains(&most), "{most} at once");
+}
+
+#[tokio::test]
+async fn a_burst_takes_the_tunnels_that_are_given_back_meanwhile() {
+    let (far, pool) = (Far::new(true), Arc::new(Pool::new()));
+    let open_before = open(&pool, &far, SERVED).await.unwrap();
+    let gate = far.gate.write().await;
+    let opening = tokio::spawn({
+        let (pool, far) = (Arc::clone(&pool), Arc::clone(&far));
+        async move { open_many(&pool, &far, HANDSHAKES + 1).await.len() }
+    });
+    while far.dialling.load(Ordering::Relaxed) < HANDSHAKES {
+        tokio::task::yield_now().await;
+    }
+    end(open_before).await;
+    drop(gate);
+    assert_eq!(opening.await.expect("no panic"), HANDSHAKES + 1);
+    assert_eq!(far.dialled(), 1 + HANDSHAKES, "one went in the tunnel that was there");
 }
 
 #[tokio::test]
