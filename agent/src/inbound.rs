@@ -212,7 +212,8 @@ impl Inbound {
         permits: &Permits,
     ) -> Option<(Form, Peer, (Share<SpiffeId>, CountedTunnel))> {
         let started = Instant::now();
-        let waiting = self.strangers.enter();
+        let stream = Arc::new(stream);
+        let waiting = self.strangers.enter(Arc::downgrade(&stream));
         let handshake = async {
             let (config, roots) = self.tls(pod).await?;
             Ok((accept::handshake(stream, PeerAddr(source), config).await?, roots))

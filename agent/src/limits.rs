@@ -5,14 +5,20 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use socket2::SockRef;
+use tokio::net::TcpStream;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tracing::warn;
 
 /// How many descriptors there are where the kernel does not say.
 const DESCRIPTORS: u64 = 1024;
+/// How many that wait in an [`Antechamber`] are looked at, past its bound, for one that has to go: when all of these wait for us, none goes.
+const LOOKS: usize = 8;
 
 /// Raises the limit of open files as far as it goes: every connection costs descriptors. Returns how many that is.
 #[must_use]
@@ -28,7 +34,8 @@ pub fn raise_descriptors() -> u64 {
 }
 
 /// Where connections wait that have not shown who they are. Past the bound the one that has waited longest goes, so that a flood of
-/// silent peers does not keep those out that need a moment only.
+/// silent peers does not keep those out that need a moment only. Whoever has said something that was not read yet waits for us, not we for
+/// him: he does not go, and counts as the one that came last.
 #[derive(Debug)]
 pub struct Antechamber {
     most: usize,
@@ -38,15 +45,39 @@ pub struct Antechamber {
 #[derive(Debug, Default)]
 struct Queue {
     next: u64,
-    by_age: BTreeMap<u64, CancellationToken>,
+    by_age: BTreeMap<u64, Arc<Place>>,
+}
+
+#[derive(Debug)]
+struct Place {
+    /// Where it is in the queue.
+    number: AtomicU64,
+    peer: Weak<TcpStream>,
+    evicted: CancellationToken,
+}
+
+impl Place {
+    /// Whether the peer has said something that waits to be read.
+    fn waits_for_us(&self) -> bool {
+        self.peer
+            .upgrade()
+            .is_some_and(|peer| SockRef::from(&*peer).peek(&mut [MaybeUninit::uninit()]).is_ok_and(|said| said > 0))
+    }
+}
+
+impl Queue {
+    fn append(&mut self, place: Arc<Place>) {
+        place.number.store(self.next, Ordering::Relaxed);
+        self.by_age.insert(self.next, place);
+        self.next += 1;
+    }
 }
 
 /// A connection's place in the [`Antechamber`]; dropping it gives the place back.
 #[derive(Debug)]
 pub struct Waiting {
     room: Arc<Antechamber>,
-    number: u64,
-    evicted: CancellationToken,
+    place: Arc<Place>,
 }
 
 impl Antechamber {
@@ -56,20 +87,25 @@ impl Antechamber {
         Arc::new(Self { most: most.max(1), waiting: Mutex::default() })
     }
 
-    /// Takes a place, if need be from the one that has had it longest.
+    /// Takes a place, if need be from the one that has had it longest. Of a `peer` without a socket it is never known that it waits for us.
     #[must_use]
-    pub fn enter(self: &Arc<Self>) -> Waiting {
-        let evicted = CancellationToken::new();
+    pub fn enter(self: &Arc<Self>, peer: Weak<TcpStream>) -> Waiting {
+        let place = Arc::new(Place { number: AtomicU64::new(0), peer, evicted: CancellationToken::new() });
         let mut queue = self.lock();
-        while queue.by_age.len() >= self.most
-            && let Some((_, oldest)) = queue.by_age.pop_first()
-        {
-            oldest.cancel();
+        for _ in 0..LOOKS {
+            if queue.by_age.len() < self.most {
+                break;
+            }
+            let Some((_, oldest)) = queue.by_age.pop_first() else { break };
+            if oldest.waits_for_us() {
+                queue.append(oldest);
+            } else {
+                oldest.evicted.cancel();
+            }
         }
-        let number = queue.next;
-        queue.next += 1;
-        queue.by_age.insert(number, evicted.clone());
-        Waiting { room: Arc::clone(self), number, evicted }
+        queue.append(Arc::clone(&place));
+        drop(queue);
+        Waiting { room: Arc::clone(self), place }
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
@@ -81,13 +117,15 @@ impl Antechamber {
 impl Waiting {
     /// Ends when the place was given to another connection.
     pub fn evicted(&self) -> WaitForCancellationFutureOwned {
-        self.evicted.clone().cancelled_owned()
+        self.place.evicted.clone().cancelled_owned()
     }
 }
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        self.room.lock().by_age.remove(&self.number);
+        let mut queue = self.room.lock();
+        // One that was evicted is not there, and nobody else has its number.
+        queue.by_age.remove(&self.place.number.load(Ordering::Relaxed));
     }
 }
 
@@ -146,6 +184,8 @@ impl<K: Eq + Hash> Drop for Share<K> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::net::TcpListener;
+
     use super::*;
 
     #[test]
@@ -165,17 +205,45 @@ mod tests {
         assert!(shares.lock().is_empty());
     }
 
+    fn silent(room: &Arc<Antechamber>) -> Waiting {
+        room.enter(Weak::new())
+    }
+
     #[test]
     fn the_oldest_goes_when_there_is_no_room() {
         let room = Antechamber::new(2);
-        let (first, second) = (room.enter(), room.enter());
-        assert!(!first.evicted.is_cancelled());
-        let third = room.enter();
-        assert!(first.evicted.is_cancelled() && !second.evicted.is_cancelled());
+        let (first, second) = (silent(&room), silent(&room));
+        assert!(!first.place.evicted.is_cancelled());
+        let third = silent(&room);
+        assert!(first.place.evicted.is_cancelled() && !second.place.evicted.is_cancelled());
         drop(second);
-        let fourth = room.enter();
-        assert!(!third.evicted.is_cancelled() && !fourth.evicted.is_cancelled(), "a place that was left is free");
+        let fourth = silent(&room);
+        assert!(!third.place.evicted.is_cancelled() && !fourth.place.evicted.is_cancelled(), "a place that was left is free");
         drop((first, third, fourth));
         assert!(room.lock().by_age.is_empty());
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_for_us_does_not_go() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let (client, accepted) = tokio::join!(TcpStream::connect(listener.local_addr().expect("bound")), listener.accept());
+        let (client, server) = (client.expect("a connection"), Arc::new(accepted.expect("a connection").0));
+        let room = Antechamber::new(2);
+        let spoke = room.enter(Arc::downgrade(&server));
+        client.writable().await.expect("open");
+        client.try_write(b"hello").expect("room for it");
+        server.readable().await.expect("open");
+        let second = silent(&room);
+        let third = silent(&room);
+        assert!(second.place.evicted.is_cancelled() && !spoke.place.evicted.is_cancelled());
+        drop((second, third));
+        assert_eq!(room.lock().by_age.len(), 1, "its place is found where it is by now");
+
+        let all: Vec<_> = (0..4).map(|_| room.enter(Arc::downgrade(&server))).collect();
+        assert!(all.iter().all(|waiting| !waiting.place.evicted.is_cancelled()), "none is to blame");
+        server.try_read(&mut [0; 5]).expect("it has come");
+        let _last = room.enter(Arc::downgrade(&server));
+        let evicted = all.iter().chain([&spoke]).filter(|waiting| waiting.place.evicted.is_cancelled()).count();
+        assert_eq!(evicted, 4, "what was read counts no more");
     }
 }

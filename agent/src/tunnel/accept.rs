@@ -36,7 +36,7 @@ pub enum Form {
 ///
 /// # Cancel safety
 /// Dropped before it ends, it closes the connection.
-pub async fn handshake(stream: TcpStream, peer: PeerAddr, config: Arc<ServerConfig>) -> Result<Accepted, TunnelError> {
+pub async fn handshake(stream: Arc<TcpStream>, peer: PeerAddr, config: Arc<ServerConfig>) -> Result<Accepted, TunnelError> {
     let peer = peer.0;
     tune(&stream).map_err(|source| TunnelError::Connect { peer, source })?;
     let accepting = async {

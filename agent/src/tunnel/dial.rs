@@ -35,7 +35,8 @@ pub async fn handshake(stream: TcpStream, peer: PeerAddr, config: Setup) -> Resu
     let peer = peer.0;
     tune(&stream).map_err(|source| TunnelError::Connect { peer, source })?;
     let connecting = async {
-        let established = handshake::connect(stream, config).await.map_err(|source| TunnelError::Handshake { peer, source })?;
+        let established =
+            handshake::connect(Arc::new(stream), config).await.map_err(|source| TunnelError::Handshake { peer, source })?;
         let expires = peer_expiry(&established.chain)
             .map_err(|fault| TunnelError::Handshake { peer, source: io::Error::other(fault.to_string()) })?;
         let tunnel = if established.alpn.as_deref() == Some(single::ALPN) {

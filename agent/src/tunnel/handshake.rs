@@ -13,7 +13,6 @@ use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus};
 use rustls::{ClientConfig, CommonState, ExtractedSecrets, ServerConfig};
 use rustls_pki_types::CertificateDer;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use super::record;
@@ -37,7 +36,7 @@ pub(super) struct Established {
 ///
 /// # Errors
 /// The connection's, or rustls' as the error's source; the peer has been told by then.
-pub(super) async fn connect(stream: TcpStream, config: Arc<ClientConfig>) -> io::Result<Established> {
+pub(super) async fn connect(stream: Arc<TcpStream>, config: Arc<ClientConfig>) -> io::Result<Established> {
     drive(stream, UnbufferedClientConnection::new(config, server_name()).map_err(refused)?).await
 }
 
@@ -45,7 +44,7 @@ pub(super) async fn connect(stream: TcpStream, config: Arc<ClientConfig>) -> io:
 ///
 /// # Errors
 /// As [`connect`].
-pub(super) async fn accept(stream: TcpStream, config: Arc<ServerConfig>) -> io::Result<Established> {
+pub(super) async fn accept(stream: Arc<TcpStream>, config: Arc<ServerConfig>) -> io::Result<Established> {
     drive(stream, UnbufferedServerConnection::new(config).map_err(refused)?).await
 }
 
@@ -70,7 +69,7 @@ trait Handshake: Sized {
     fn keys(self) -> Result<(ExtractedSecrets, Kernel), rustls::Error>;
 }
 
-async fn drive(mut stream: TcpStream, mut side: impl Handshake) -> io::Result<Established> {
+async fn drive(stream: Arc<TcpStream>, mut side: impl Handshake) -> io::Result<Established> {
     let (mut incoming, mut outgoing) = (Vec::with_capacity(4096), Vec::with_capacity(4096));
     // So many bytes of `incoming` have been shown to rustls.
     let mut shown = 0;
@@ -82,17 +81,17 @@ async fn drive(mut stream: TcpStream, mut side: impl Handshake) -> io::Result<Es
             Ok(Step::Continue) => {}
             Ok(Step::Done) => break,
             Ok(Step::Read) => {
-                stream.write_all(&outgoing).await?;
+                send(&stream, &outgoing).await?;
                 outgoing.clear();
-                shown += next_record(&mut stream, &mut incoming, shown).await?;
+                shown += next_record(&stream, &mut incoming, shown).await?;
             }
             Err(error) => {
-                tell(&mut stream, &mut side, outgoing).await;
+                tell(&stream, &mut side, outgoing).await;
                 return Err(refused(error));
             }
         }
     }
-    stream.write_all(&outgoing).await?;
+    send(&stream, &outgoing).await?;
     let state = side.state();
     let alpn = state.alpn_protocol().map(<[u8]>::to_vec);
     let chain = state.peer_certificates().unwrap_or_default().to_vec();
@@ -102,7 +101,7 @@ async fn drive(mut stream: TcpStream, mut side: impl Handshake) -> io::Result<Es
 }
 
 /// Waits for a whole record behind the first `shown` bytes, and says how long it is.
-async fn next_record(stream: &mut TcpStream, incoming: &mut Vec<u8>, shown: usize) -> io::Result<usize> {
+async fn next_record(stream: &TcpStream, incoming: &mut Vec<u8>, shown: usize) -> io::Result<usize> {
     loop {
         if let Some(length) = record::length(&incoming[shown..])?
             && incoming.len() >= shown + length
@@ -112,18 +111,34 @@ async fn next_record(stream: &mut TcpStream, incoming: &mut Vec<u8>, shown: usiz
         if incoming.len() > LARGEST_FLIGHT {
             return Err(record::invalid(format_args!("a handshake message of more than {LARGEST_FLIGHT} bytes")));
         }
-        if stream.read_buf(incoming).await? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+        stream.readable().await?;
+        match stream.try_read_buf(incoming) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+            Ok(_) | Err(_) => {}
         }
     }
 }
 
+/// Sends all of it.
+async fn send(stream: &TcpStream, mut outgoing: &[u8]) -> io::Result<()> {
+    while !outgoing.is_empty() {
+        stream.writable().await?;
+        match stream.try_write(outgoing) {
+            Ok(sent) => outgoing = &outgoing[sent..],
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+            Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
 /// Sends what rustls has to say about an error: an alert, if any.
-async fn tell(stream: &mut TcpStream, side: &mut impl Handshake, mut outgoing: Vec<u8>) {
+async fn tell(stream: &TcpStream, side: &mut impl Handshake, mut outgoing: Vec<u8>) {
     // What waits to be sent is given before any record is looked at. Without it rustls would go on in records that are not there.
     while side.state().wants_write() && side.step(&mut [], &mut outgoing).1.is_ok() {}
     // The connection ends in any case.
-    let _gone = stream.write_all(&outgoing).await;
+    let _gone = send(stream, &outgoing).await;
 }
 
 fn refused(error: rustls::Error) -> io::Error {

@@ -86,8 +86,12 @@ struct Keys {
 
 impl TlsStream {
     /// A connection that has just been made. `received` is what came behind the handshake.
-    pub(super) fn new(stream: TcpStream, secrets: &ExtractedSecrets, kernel: Kernel, received: &[u8]) -> Result<Self, Unusable> {
-        let stream = Arc::new(stream);
+    pub(super) fn new(
+        stream: Arc<TcpStream>,
+        secrets: &ExtractedSecrets,
+        kernel: Kernel,
+        received: &[u8],
+    ) -> Result<Self, Unusable> {
         let keys = Arc::new(Keys { kernel: Mutex::new(kernel), update_wanted: AtomicBool::new(false) });
         let mut reader = RecordReader {
             stream: Arc::clone(&stream),

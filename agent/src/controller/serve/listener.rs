@@ -9,7 +9,7 @@ use std::io;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
@@ -115,7 +115,7 @@ async fn accept_all(listener: TcpListener, certificates: Arc<ServingCertificates
                 continue;
             }
         };
-        let (certificates, ready, waiting) = (Arc::clone(&certificates), ready.clone(), strangers.enter());
+        let (certificates, ready, waiting) = (Arc::clone(&certificates), ready.clone(), strangers.enter(Weak::new()));
         tokio::spawn(async move {
             let evicted = waiting.evicted();
             let stream = tokio::select! {

@@ -66,7 +66,7 @@ fn configs_of(authority: &TestAuthority, client: &Issued, server: &Issued) -> Co
 pub(in crate::tunnel) async fn ours() -> (TlsStream, TlsStream) {
     let (near, far) = pair().await;
     let (client, server) = configs();
-    let (client, server) = tokio::join!(handshake::connect(near, client), handshake::accept(far, server));
+    let (client, server) = tokio::join!(handshake::connect(Arc::new(near), client), handshake::accept(Arc::new(far), server));
     (client.expect("the client passes").tls, server.expect("the server passes").tls)
 }
 
@@ -119,7 +119,7 @@ async fn our_two_ends_understand_each_other() {
 async fn our_client_and_the_librarys_server_understand_each_other() {
     let (near, far) = pair().await;
     let (client, server) = configs();
-    let (client, server) = tokio::join!(handshake::connect(near, client), TlsAcceptor::from(server).accept(far));
+    let (client, server) = tokio::join!(handshake::connect(Arc::new(near), client), TlsAcceptor::from(server).accept(far));
     let client = client.expect("passes");
     assert_eq!(client.alpn.as_deref(), Some(ALPN[0]));
     assert_eq!(verify::peer_identity(&client.chain).expect("named").to_string(), SERVER);
@@ -130,7 +130,8 @@ async fn our_client_and_the_librarys_server_understand_each_other() {
 async fn the_librarys_client_and_our_server_understand_each_other() {
     let (near, far) = pair().await;
     let (client, server) = configs();
-    let (client, server) = tokio::join!(TlsConnector::from(client).connect(server_name(), near), handshake::accept(far, server));
+    let (client, server) =
+        tokio::join!(TlsConnector::from(client).connect(server_name(), near), handshake::accept(Arc::new(far), server));
     let (client, server) = (client.expect("passes"), server.expect("passes"));
     assert_eq!(verify::peer_identity(&server.chain).expect("named").to_string(), CLIENT);
     converse(client, server.tls).await;
@@ -140,7 +141,8 @@ async fn the_librarys_client_and_our_server_understand_each_other() {
 async fn the_librarys_change_of_keys_is_followed_and_answered() {
     let (near, far) = pair().await;
     let (client, server) = configs();
-    let (client, server) = tokio::join!(TlsConnector::from(client).connect(server_name(), near), handshake::accept(far, server));
+    let (client, server) =
+        tokio::join!(TlsConnector::from(client).connect(server_name(), near), handshake::accept(Arc::new(far), server));
     let (mut client, mut server) = (client.expect("passes"), server.expect("passes").tls);
     for round in 0..3_u8 {
         client.get_mut().1.refresh_traffic_keys().expect("a TLS 1.3 connection");
@@ -166,7 +168,7 @@ async fn what_comes_right_behind_the_handshake_is_not_lost() {
         stream
     };
     // The server begins when the client's last message and its first bytes are both there, or as they come: both must do.
-    let (_client, server) = tokio::join!(client, handshake::accept(far, server));
+    let (_client, server) = tokio::join!(client, handshake::accept(Arc::new(far), server));
     let mut seen = [0; 7];
     server.expect("passes").tls.read_exact(&mut seen).await.expect("whole");
     assert_eq!(&seen, b"at once");
@@ -205,7 +207,8 @@ async fn a_record_that_was_touched_is_refused() {
         };
         tokio::select! { _ = back => {} () = forth => {} }
     });
-    let (client, server) = tokio::join!(handshake::connect(near, client), handshake::accept(middle_far, server));
+    let (client, server) =
+        tokio::join!(handshake::connect(Arc::new(near), client), handshake::accept(Arc::new(middle_far), server));
     let (mut client, mut server) = (client.expect("passes").tls, server.expect("passes").tls);
     let send = async {
         let _refused = client.write_all(&[7; 1_000_000]).await;
@@ -226,7 +229,7 @@ async fn a_refused_certificate_is_told_to_the_other_side() {
 
     let (near, far) = pair().await;
     let (client, server) = configs_of(&mesh, &good_client, &other.leaf(SERVER).issue());
-    let (client, server) = tokio::join!(handshake::connect(near, client), handshake::accept(far, server));
+    let (client, server) = tokio::join!(handshake::connect(Arc::new(near), client), handshake::accept(Arc::new(far), server));
     let (refused, told) = (client.err().expect("refused"), server.err().expect("told"));
     assert!(matches!(handshake_fault(&refused), HandshakeFault::Refused(_)), "{refused}");
     assert!(matches!(handshake_fault(&told), HandshakeFault::RefusedByPeer(_)), "{told}");
@@ -235,10 +238,10 @@ async fn a_refused_certificate_is_told_to_the_other_side() {
     let (client, server) = configs_of(&mesh, &other.leaf(CLIENT).issue(), &good_server);
     let client = async {
         // The client has finished before the server looks at its certificate.
-        let mut tls = handshake::connect(near, client).await.expect("the server is right").tls;
+        let mut tls = handshake::connect(Arc::new(near), client).await.expect("the server is right").tls;
         tls.read(&mut [0; 1]).await
     };
-    let (told, refused) = tokio::join!(client, handshake::accept(far, server));
+    let (told, refused) = tokio::join!(client, handshake::accept(Arc::new(far), server));
     let (refused, told) = (refused.err().expect("refused"), told.expect_err("told"));
     assert!(matches!(handshake_fault(&refused), HandshakeFault::Refused(_)), "{refused}");
     assert!(matches!(handshake_fault(&told), HandshakeFault::RefusedByPeer(_)), "{told}");
@@ -263,7 +266,7 @@ async fn nonsense_for_a_handshake_is_refused_wherever_it_ends() {
         let nonsense = [before, after].concat();
         near.write_all(&nonsense).await.expect("open");
         near.shutdown().await.expect("open");
-        let refused = handshake::accept(far, configs().1).await.err().expect("refused");
+        let refused = handshake::accept(Arc::new(far), configs().1).await.err().expect("refused");
         assert_eq!(refused.kind(), io::ErrorKind::InvalidData, "{nonsense:?}: {refused}");
     }
 }
