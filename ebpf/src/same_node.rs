@@ -28,6 +28,8 @@ const SOURCE: u64 = 1;
 const DESTINATION: u64 = 2;
 /// An end's bit, moved by so many: it was closed in order.
 const IN_ORDER: u64 = 2;
+/// Another connection has the ends, and the place of this one.
+const REPLACED: u64 = 16;
 /// What an active end's count of acknowledged bytes has beside its payload.
 const SYN: u64 = 1;
 const FIN: u64 = 1;
@@ -209,7 +211,7 @@ fn of_source(ctx: &SockOpsContext) -> Option<*mut Connection> {
 #[inline(always)]
 fn abandon(flow: &Flow) {
     let Some(connection) = CONNECTIONS.get_ptr_mut(flow) else { return };
-    let closed = close(connection, SOURCE | DESTINATION);
+    let closed = close(connection, SOURCE | DESTINATION | REPLACED);
     if closed & DESTINATION == 0 {
         ended_alone(connection, closed & (SOURCE << IN_ORDER) != 0);
     }
@@ -266,7 +268,11 @@ fn ended(connection: *mut Connection, stage: Stage) {
             outcome::count(Outcome::DelayedTelling);
             let _full = UNTOLD.insert((*connection).socket, &*connection, 0);
         }
-        let _gone_already = CONNECTIONS.remove((*connection).flow);
+        // Whoever has put another in its place meanwhile said so before.
+        let replaced = core::ptr::read_volatile(&raw const (*connection).closed) & REPLACED != 0;
+        if !replaced {
+            let _gone_already = CONNECTIONS.remove((*connection).flow);
+        }
     }
 }
 
