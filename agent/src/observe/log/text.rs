@@ -51,36 +51,33 @@ where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
 {
-    fn format_event(&self, context: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
-        // A value that logs while it is written gets a line of its own.
-        let mut line = LINE.with(RefCell::take);
-        line.clear();
-        push_time(&mut line)?;
-        line.push_str(padded(*event.metadata().level()));
-        let start = line.len();
-        for span in context.event_scope().into_iter().flat_map(|scope| scope.from_root()) {
-            line.push_str(span.name());
-            if let Some(fields) = span.extensions().get::<FormattedFields<N>>().filter(|fields| !fields.is_empty()) {
-                write!(line, "{{{fields}}}")?;
+    fn format_event(&self, context: &FmtContext<'_, S, N>, writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+        write_line(writer, |line| {
+            push_time(line)?;
+            line.push_str(padded(*event.metadata().level()));
+            let start = line.len();
+            for span in context.event_scope().into_iter().flat_map(|scope| scope.from_root()) {
+                line.push_str(span.name());
+                if let Some(fields) = span.extensions().get::<FormattedFields<N>>().filter(|fields| !fields.is_empty()) {
+                    write!(line, "{{{fields}}}")?;
+                }
+                line.push(':');
             }
+            if line.len() > start {
+                line.push(' ');
+            }
+            line.push_str(event.metadata().target());
             line.push(':');
-        }
-        if line.len() > start {
-            line.push(' ');
-        }
-        line.push_str(event.metadata().target());
-        line.push(':');
-        let mut fields = Fields { line: &mut line, result: Ok(()) };
-        event.record(&mut fields);
-        fields.result?;
-        // Without an early end, so that the compiler looks at many at a time.
-        if line.bytes().fold(false, |strange, byte| strange | !matches!(byte, b' '..=b'~')) {
-            line = without_controls(&line);
-        }
-        line.push('\n');
-        let written = writer.write_str(&line);
-        LINE.set(line);
-        written
+            let mut fields = Fields { line, result: Ok(()) };
+            event.record(&mut fields);
+            fields.result?;
+            // Without an early end, so that the compiler looks at many at a time.
+            if line.bytes().fold(false, |strange, byte| strange | !matches!(byte, b' '..=b'~')) {
+                *line = without_controls(line);
+            }
+            line.push('\n');
+            Ok(())
+        })
     }
 }
 
@@ -90,35 +87,43 @@ where
     N: for<'a> FormatFields<'a> + 'static,
     F: FormatEvent<S, N>,
 {
-    fn format_event(&self, context: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+    fn format_event(&self, context: &FmtContext<'_, S, N>, writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
         let metadata = event.metadata();
         if metadata.target() != access_log::TARGET || metadata.fields().field(access_log::LINE).is_none() {
             return self.others.format_event(context, writer, event);
         }
-        let mut line = LINE.with(RefCell::take);
-        line.clear();
-        match self.format {
-            LogFormat::Text => {
-                push_time(&mut line)?;
-                line.extend([padded(*metadata.level()), access_log::TARGET, ": "]);
+        write_line(writer, |line| {
+            match self.format {
+                LogFormat::Text => {
+                    push_time(line)?;
+                    line.extend([padded(*metadata.level()), access_log::TARGET, ": "]);
+                }
+                LogFormat::Json => {
+                    line.push_str("{\"timestamp\":\"");
+                    push_time(line)?;
+                    line.extend(["\",\"level\":\"", metadata.level().as_str(), "\","]);
+                }
             }
-            LogFormat::Json => {
-                line.push_str("{\"timestamp\":\"");
-                push_time(&mut line)?;
-                line.extend(["\",\"level\":\"", metadata.level().as_str(), "\","]);
+            let mut whole = Whole { line, format: self.format, result: Ok(()) };
+            event.record(&mut whole);
+            whole.result?;
+            match self.format {
+                LogFormat::Text => line.push('\n'),
+                LogFormat::Json => line.extend([",\"target\":\"", access_log::TARGET, "\"}\n"]),
             }
-        }
-        let mut whole = Whole { line: &mut line, format: self.format, result: Ok(()) };
-        event.record(&mut whole);
-        whole.result?;
-        match self.format {
-            LogFormat::Text => line.push('\n'),
-            LogFormat::Json => line.extend([",\"target\":\"", access_log::TARGET, "\"}\n"]),
-        }
-        let written = writer.write_str(&line);
-        LINE.set(line);
-        written
+            Ok(())
+        })
     }
+}
+
+/// Has a line made where the thread makes its lines, and writes it.
+fn write_line(mut writer: Writer<'_>, make: impl FnOnce(&mut String) -> fmt::Result) -> fmt::Result {
+    // A value that logs while it is written gets a line of its own.
+    let mut line = LINE.with(RefCell::take);
+    line.clear();
+    let written = make(&mut line).and_then(|()| writer.write_str(&line));
+    LINE.set(line);
+    written
 }
 
 /// Takes over what the access log has written.
