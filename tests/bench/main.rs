@@ -31,7 +31,7 @@ use facts::Facts;
 use lab::Lab;
 use measure::Scale;
 use results::{Measured, Sample};
-use rows::{BOTH, ROWS, Row};
+use rows::{ROWS, Row};
 
 /// Descriptors for 10,000 connections: two ends here, and up to four in an agent.
 const DESCRIPTORS: u64 = 1 << 17;
@@ -126,7 +126,7 @@ fn measure_all(rows: &[&'static Row], scale: Scale, other: Option<PathBuf>) -> O
     let begun = Instant::now();
     for row in rows {
         let mut paths: Vec<_> = row.base.iter().chain(row.paths).copied().collect();
-        if with_other && row.paths == BOTH {
+        if with_other && row.of_any_proxy() {
             paths.push(topology::Path::Other);
         }
         match measure(row, &paths, &mut lab, scale, begun) {

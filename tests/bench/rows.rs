@@ -8,7 +8,7 @@ mod catalogue;
 
 use crate::topology::Path;
 
-pub(crate) use catalogue::{BOTH, ROWS};
+pub(crate) use catalogue::ROWS;
 
 /// A measurement and what comes of it.
 #[derive(Debug)]
@@ -28,6 +28,17 @@ impl Row {
     /// Whether it is measured only when it is asked for: it needs programs that take minutes to build.
     pub(crate) fn by_name_only(&self) -> bool {
         self.measure == Measure::ApiScale
+    }
+
+    /// Whether another proxy can be measured beside: between two nodes, by nothing that only Culvert has.
+    pub(crate) fn of_any_proxy(&self) -> bool {
+        let any = match self.measure {
+            Measure::Stream { .. } | Measure::Requests { .. } | Measure::Connections { .. } | Measure::Wrk | Measure::Memory => {
+                true
+            }
+            Measure::FirstByte | Measure::Handshakes | Measure::Cliff | Measure::MeshSize | Measure::ApiScale => false,
+        };
+        any && self.paths == [Path::Culvert]
     }
 }
 

@@ -21,7 +21,9 @@ const SPOKEN_FOR: u64 = 400;
 
 pub(super) fn measure(topology: &Topology, path: Path, scale: Scale) -> Result<Values> {
     let (from, to) = topology.ends(path)?;
-    let agents: [u32; 2] = topology.agents(path).try_into().ok().context("there are not two agents")?;
+    let agents = topology.agents(path);
+    // One process of another proxy may serve both nodes.
+    let agents = agents.first().zip(agents.last()).map(|(near, far)| [*near, *far]).context("nobody carries connections")?;
     std::thread::sleep(STARTED);
     // An agent's code comes and goes with what it does: connections cost what it has for itself.
     let memory = || -> Result<[f64; 2]> { Ok([anonymous(agents[0])?, anonymous(agents[1])?]) };

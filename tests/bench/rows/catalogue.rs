@@ -4,9 +4,6 @@ use super::Bound::{Ratio, Value};
 use super::{Figure, Measure, Row};
 use crate::topology::Path;
 
-/// Rows with this path have the other proxy's, too, where that can be measured.
-pub(crate) const BOTH: &[Path] = &[Path::Culvert];
-
 /// All rows, in the order in which they are measured and shown.
 pub(crate) const ROWS: &[Row] = &[
     Row {
@@ -14,7 +11,7 @@ pub(crate) const ROWS: &[Row] = &[
         group: MEMORY,
         measure: Measure::Memory,
         base: None,
-        paths: BOTH,
+        paths: &[Path::Culvert],
         figures: &[
             Figure::less("idle_a", "idle, client's node", MB).goal(Value(12.0)).peer(Value(15.0)),
             Figure::less("idle_b", "idle, server's node", MB).goal(Value(12.0)).peer(Value(15.0)),
@@ -34,7 +31,7 @@ pub(crate) const ROWS: &[Row] = &[
         group: REQUEST,
         measure: Measure::Requests { clients: 1 },
         base: Some(Path::Direct),
-        paths: BOTH,
+        paths: &[Path::Culvert],
         figures: &[
             Figure::less("p50", "1 connection, p50", "µs").goal(Value(100.0)).peer(Value(134.0)),
             Figure::less("p99", "1 connection, p99", "µs").goal(Value(160.0)).peer(Value(241.0)),
@@ -45,7 +42,7 @@ pub(crate) const ROWS: &[Row] = &[
         group: REQUEST,
         measure: Measure::Requests { clients: 64 },
         base: Some(Path::Direct),
-        paths: BOTH,
+        paths: &[Path::Culvert],
         figures: &[Figure::more("rate", "64 connections", REQUESTS).goal(Ratio(0.38)).peer(Ratio(0.17)), P50, P99],
     },
     Row {
@@ -53,7 +50,7 @@ pub(crate) const ROWS: &[Row] = &[
         group: CONNECT,
         measure: Measure::Connections { clients: 32 },
         base: Some(Path::Direct),
-        paths: BOTH,
+        paths: &[Path::Culvert],
         figures: &[
             Figure::more("rate", "32 clients connecting", CONNECTIONS).goal(Ratio(0.42)).peer(Ratio(0.20)),
             P50,
@@ -66,7 +63,7 @@ pub(crate) const ROWS: &[Row] = &[
         group: "64 connections kept alive, 1 KiB",
         measure: Measure::Wrk,
         base: Some(Path::Direct),
-        paths: BOTH,
+        paths: &[Path::Culvert],
         figures: &[Figure::more("rate", "wrk and nginx", REQUESTS).goal(Ratio(0.40)).peer(Ratio(0.18)), P50, P99],
     },
     Row {
@@ -215,7 +212,14 @@ const STREAM_8_UP: [Figure; 3] = eight_streams("8 streams to the server");
 const STREAM_8_DOWN: [Figure; 3] = eight_streams("8 streams from the server");
 
 const fn stream(name: &'static str, streams: u8, down: bool, figures: &'static [Figure]) -> Row {
-    Row { name, group: THROUGHPUT, measure: Measure::Stream { streams, down }, base: Some(Path::Direct), paths: BOTH, figures }
+    Row {
+        name,
+        group: THROUGHPUT,
+        measure: Measure::Stream { streams, down },
+        base: Some(Path::Direct),
+        paths: &[Path::Culvert],
+        figures,
+    }
 }
 
 const fn one_stream(title: &'static str) -> [Figure; 3] {
