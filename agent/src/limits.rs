@@ -19,6 +19,8 @@ use tracing::warn;
 const DESCRIPTORS: u64 = 1024;
 /// How many that wait in an [`Antechamber`] are looked at, past its bound, for one that has to go: when all of these wait for us, none goes.
 const LOOKS: usize = 8;
+/// How many times its bound an [`Antechamber`] holds when all wait for us.
+const PATIENTLY: usize = 4;
 
 /// Raises the limit of open files as far as it goes: every connection costs descriptors. Returns how many that is.
 #[must_use]
@@ -34,8 +36,8 @@ pub fn raise_descriptors() -> u64 {
 }
 
 /// Where connections wait that have not shown who they are. Past the bound the one that has waited longest goes, so that a flood of
-/// silent peers does not keep those out that need a moment only. Whoever has said something that was not read yet waits for us, not we for
-/// him: he does not go, and counts as the one that came last.
+/// silent peers does not keep those out that need a moment only. Whoever has said something that was not read yet waits for us, not we
+/// for him: he counts as the one that came last, and goes only when there are several times as many.
 #[derive(Debug)]
 pub struct Antechamber {
     most: usize,
@@ -96,8 +98,9 @@ impl Antechamber {
             if queue.by_age.len() < self.most {
                 break;
             }
+            let patient = queue.by_age.len() < PATIENTLY * self.most;
             let Some((_, oldest)) = queue.by_age.pop_first() else { break };
-            if oldest.waits_for_us() {
+            if patient && oldest.waits_for_us() {
                 queue.append(oldest);
             } else {
                 oldest.evicted.cancel();
@@ -239,11 +242,13 @@ mod tests {
         drop((second, third));
         assert_eq!(room.lock().by_age.len(), 1, "its place is found where it is by now");
 
-        let all: Vec<_> = (0..4).map(|_| room.enter(Arc::downgrade(&server))).collect();
+        let mut all: Vec<_> = (0..7).map(|_| room.enter(Arc::downgrade(&server))).collect();
         assert!(all.iter().all(|waiting| !waiting.place.evicted.is_cancelled()), "none is to blame");
+        all.extend([spoke, room.enter(Arc::downgrade(&server))]);
+        let evicted = || all.iter().filter(|waiting| waiting.place.evicted.is_cancelled()).count();
+        assert_eq!(evicted(), 1, "there is an end to it");
         server.try_read(&mut [0; 5]).expect("it has come");
         let _last = room.enter(Arc::downgrade(&server));
-        let evicted = all.iter().chain([&spoke]).filter(|waiting| waiting.place.evicted.is_cancelled()).count();
-        assert_eq!(evicted, 4, "what was read counts no more");
+        assert_eq!(evicted(), 8, "what was read counts no more");
     }
 }

@@ -113,7 +113,7 @@ pub enum TunnelError {
         peer: SocketAddr,
     },
     /// The peer had not proved who it is when its place was needed for another.
-    #[error("no tunnel with {peer}: too many peers are about to shake hands, and it has taken longest")]
+    #[error("no tunnel with {peer}: too many peers are about to shake hands, and it had to make room for another")]
     Crowded {
         /// The peer.
         peer: SocketAddr,
