@@ -287,7 +287,7 @@ impl Outbound {
             Ok(opened) => Ok(opened?),
             Err(_elapsed) => Err(Failure::new(
                 CloseReason::DestinationUnreachable,
-                format_args!("the agent at {} has not answered within {OPEN_DEADLINE:?}", peer.0),
+                format_args!("the agent at {} has not answered within {OPEN_DEADLINE:?}, the wait for our turn included", peer.0),
             )),
         }
     }

@@ -7,10 +7,11 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::hash::Hash;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 use super::dial::Dialled;
 use super::single::{Idle, Open, Unopened};
@@ -48,11 +49,18 @@ pub(super) struct Slot {
     dialling: tokio::sync::Mutex<()>,
     /// Room for tunnels of the single form that are being made.
     handshakes: Semaphore,
+    /// A tunnel was given back.
+    returned: Notify,
 }
 
 impl Default for Slot {
     fn default() -> Self {
-        Self { tunnels: Mutex::default(), dialling: tokio::sync::Mutex::default(), handshakes: Semaphore::new(HANDSHAKES) }
+        Self {
+            tunnels: Mutex::default(),
+            dialling: tokio::sync::Mutex::default(),
+            handshakes: Semaphore::new(HANDSHAKES),
+            returned: Notify::new(),
+        }
     }
 }
 
@@ -204,11 +212,21 @@ impl Slot {
                 return Ok((self.add(Box::pin(dial()).await?)?, true));
             }
         }
-        // The semaphore is never closed.
-        let _room = self.handshakes.acquire().await;
-        match self.usable() {
-            Some(tunnel) => Ok((tunnel, false)),
-            None => Ok((self.add(Box::pin(dial()).await?)?, true)),
+        let mut room = pin!(self.handshakes.acquire());
+        loop {
+            tokio::select! {
+                biased;
+                // The semaphore is never closed.
+                _room = &mut room => {
+                    return match self.usable() {
+                        Some(tunnel) => Ok((tunnel, false)),
+                        None => Ok((self.add(Box::pin(dial()).await?)?, true)),
+                    };
+                }
+                () = self.returned.notified() => if let Some(tunnel) = self.usable() {
+                    return Ok((tunnel, false));
+                },
+            }
         }
     }
 
@@ -282,6 +300,8 @@ impl Slot {
         let mut tunnels = self.lock();
         if !tunnels.retired && tunnels.idle.len() < IDLE_PER_KEY {
             tunnels.idle.push(warm);
+            drop(tunnels);
+            self.returned.notify_one();
         }
     }
 
