@@ -191,7 +191,8 @@ impl SameNode {
     pub async fn run(self: Arc<Self>, mut events: SameNodeEvents, programs: Maps) {
         let mut look = interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (mut news, mut delayed, mut bundle) = (Vec::new(), 0, self.svids.bundle());
+        let (mut news, mut untold) = (Vec::new(), Vec::new());
+        let (mut delayed, mut bundle) = (0, self.svids.bundle());
         bundle.mark_unchanged();
         loop {
             tokio::select! {
@@ -211,7 +212,9 @@ impl SameNode {
                     let count = programs.outcomes().into_iter().find(|(word, _)| *word == SameNodeMaps::delayed());
                     let count = count.map_or(0, |(_, count)| count);
                     if std::mem::replace(&mut delayed, count) != count {
-                        self.take_untold();
+                        untold = self.maps.take_untold();
+                        // That one of these was open may be among what was told before.
+                        events.rest(&mut news);
                     }
                 }
             }
@@ -220,6 +223,7 @@ impl SameNode {
             for connection in news.drain(..).filter(|told| told.ended.is_some() || !over.contains(&told.id)) {
                 self.hear(&connection);
             }
+            untold.drain(..).for_each(|connection| self.hear(&connection));
         }
     }
 
@@ -315,11 +319,6 @@ impl SameNode {
             let flow = Flow { source_identity: Some(from.identity.clone()), source, destination };
             Some(Arc::new(judge(&snapshot, &into, &flow)))
         })
-    }
-
-    /// Finds the connections whose end could not be told when it came.
-    fn take_untold(&self) {
-        self.maps.take_untold().iter().for_each(|connection| self.hear(connection));
     }
 
     fn forget_decisions(&self) {
