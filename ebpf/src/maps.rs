@@ -48,8 +48,8 @@ pub(crate) static SOCKETS: SkStorage<Socket> = SkStorage::new();
 #[map]
 pub(crate) static CAPTURED: LruHashMap<Endpoint, Endpoint> = LruHashMap::with_max_entries(65_536, 0);
 
-/// The agent's connections to applications in pods. Written and removed by `sock_ops`; read by `sk_lookup`, once for each, when its first
-/// packet comes in: which of those that are open are evicted does not matter.
+/// The agent's connections to applications in pods. Written and removed by `sock_ops`; read by `sk_lookup` for as
+/// long as the handshake takes: which of those that are open are evicted does not matter.
 #[map]
 pub(crate) static DELIVERIES: LruHashMap<Flow, u32> = LruHashMap::with_max_entries(65_536, 0);
 

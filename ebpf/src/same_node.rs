@@ -13,7 +13,9 @@ use aya_ebpf::bindings::{
     BPF_NOEXIST, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK,
 };
 use aya_ebpf::cty::c_void;
-use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_sk_release};
+use aya_ebpf::helpers::{
+    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_sk_release,
+};
 use aya_ebpf::programs::SockOpsContext;
 use culvert_ebpf_common::{
     Address, Connection, Endpoint, Flow, ListenerKey, ListenerRole, Namespace, NamespaceState, Outcome, Socket, SocketKind,
@@ -28,8 +30,13 @@ const SOURCE: u64 = 1;
 const DESTINATION: u64 = 2;
 /// An end's bit, moved by so many: it was closed in order.
 const IN_ORDER: u64 = 2;
-/// Another connection has the ends, and the place of this one.
+/// Another connection has the ends, and takes the place of this one.
 const REPLACED: u64 = 16;
+/// The place is given up.
+const REMOVED: u64 = 32;
+/// How an entry is inserted where none may be, and where one may.
+const VACANT: u64 = BPF_NOEXIST as u64;
+const TAKEN_OVER: u64 = 0;
 /// What an active end's count of acknowledged bytes has beside its payload.
 const SYN: u64 = 1;
 const FIN: u64 = 1;
@@ -94,13 +101,11 @@ pub(crate) fn connecting(ctx: &SockOpsContext, socket: &Socket, flow: &Flow) {
     }
     let connection = socket.connection(*flow, cookie(ctx));
     // One with the same ends whose source is gone: its destination is not closed yet, and will find this one in its place.
-    let kept = CONNECTIONS.insert(flow, &connection, u64::from(BPF_NOEXIST)).is_ok() || {
-        abandon(flow);
-        CONNECTIONS.insert(flow, &connection, 0).is_ok()
-    };
+    let kept = CONNECTIONS.insert(flow, &connection, VACANT).is_ok() || CONNECTIONS.insert(flow, &connection, abandon(flow)).is_ok();
     if !kept || ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32).is_err() {
-        // What could not be accounted for is not let through.
+        // What could not be accounted for is attested to nobody; the agent has room for the next.
         let _was_never_there = CONNECTIONS.remove(flow);
+        give_back(socket.source(), flow.destination);
         outcome::count(Outcome::UnattestedSameNode);
     }
 }
@@ -150,7 +155,10 @@ pub(crate) fn established(ctx: &SockOpsContext) {
 #[inline(always)]
 pub(crate) fn accepted(ctx: &SockOpsContext) {
     let Some(connection) = CONNECTIONS.get_ptr_mut(sock_ops::flow(ctx).reversed()) else { return };
-    if ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32).is_ok() {
+    // SAFETY: the helper takes the context that it was called for; a word that is written once, before there was an entry.
+    let here = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) == (*connection).destination };
+    // A namespace of somebody's own may have the pod's address, too.
+    if here && ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32).is_ok() {
         // SAFETY: a word that only the destination's socket writes.
         unsafe { (*connection).accepted = cookie(ctx) };
     }
@@ -207,14 +215,18 @@ fn of_source(ctx: &SockOpsContext) -> Option<*mut Connection> {
     if unsafe { (*connection).socket } == cookie(ctx) { Some(connection) } else { None }
 }
 
-/// Tells of a connection whose ends another has now, and forgets it.
+/// Tells of a connection whose ends another has now. Returns how that is inserted.
 #[inline(always)]
-fn abandon(flow: &Flow) {
-    let Some(connection) = CONNECTIONS.get_ptr_mut(flow) else { return };
+fn abandon(flow: &Flow) -> u64 {
+    let Some(connection) = CONNECTIONS.get_ptr_mut(flow) else { return VACANT };
     let closed = close(connection, SOURCE | DESTINATION | REPLACED);
+    if closed & REMOVED != 0 {
+        return VACANT;
+    }
     if closed & DESTINATION == 0 {
         ended_alone(connection, closed & (SOURCE << IN_ORDER) != 0);
     }
+    TAKEN_OVER
 }
 
 /// One end is closed. Who comes second tells of the connection.
@@ -236,7 +248,7 @@ fn half_ended(ctx: &SockOpsContext, connection: *mut Connection, this: u64, othe
     ended(connection, stage);
 }
 
-/// Notes ends that are closed. Returns what was noted before: of two that come at once, one is first.
+/// Notes ends that are closed, or what becomes of the entry. Returns what was noted before: of two that come at once, one is first.
 #[inline(always)]
 fn close(connection: *mut Connection, ends: u64) -> u64 {
     let mut closed = ends;
@@ -250,7 +262,7 @@ fn close(connection: *mut Connection, ends: u64) -> u64 {
 /// The same as [`ended`], when only the source has told how many bytes there were.
 #[inline(always)]
 fn ended_alone(connection: *mut Connection, in_order: bool) {
-    // SAFETY: the source's socket is closed, and the destination's is not followed.
+    // SAFETY: the source's socket is closed, and the destination's is not followed, or no more.
     unsafe { (*connection).received = (*connection).arrived };
     ended(connection, if in_order { Stage::Finished } else { Stage::SourceReset });
 }
@@ -258,7 +270,7 @@ fn ended_alone(connection: *mut Connection, in_order: bool) {
 /// Tells of a connection's end and forgets it. What cannot be told now is kept for the agent to find.
 #[inline(always)]
 fn ended(connection: *mut Connection, stage: Stage) {
-    // SAFETY: both sockets are closed, or there was only one: nobody else writes the entry any more.
+    // SAFETY: both sockets are closed, or only one is followed: nobody else writes these any more.
     unsafe {
         if (*connection).open_ns != 0 {
             (*connection).open_ns = bpf_ktime_get_ns().saturating_sub((*connection).open_ns);
@@ -268,9 +280,8 @@ fn ended(connection: *mut Connection, stage: Stage) {
             outcome::count(Outcome::DelayedTelling);
             let _full = UNTOLD.insert((*connection).socket, &*connection, 0);
         }
-        // Whoever has put another in its place meanwhile said so before.
-        let replaced = core::ptr::read_volatile(&raw const (*connection).closed) & REPLACED != 0;
-        if !replaced {
+        // What takes the place is inserted over this one; or, from here on, only when this one is gone.
+        if close(connection, REMOVED) & REPLACED == 0 {
             let _gone_already = CONNECTIONS.remove((*connection).flow);
         }
     }

@@ -44,7 +44,7 @@ pub struct Connection {
     pub generation: u64,
     /// The cookie of the destination's socket; 0 until there is one.
     pub accepted: u64,
-    /// The ends that are closed, and whether in order: bits that the programs know.
+    /// The ends that are closed, whether in order, and what becomes of the entry: bits that the programs know.
     pub closed: u64,
     /// `CLOCK_MONOTONIC` in ns when it was open, 0 before; once it has ended, how long it was, in ns.
     pub open_ns: u64,
