@@ -55,6 +55,8 @@ pub(crate) const ROWS: &[Row] = &[
             Figure::more("rate", "32 clients connecting", CONNECTIONS).goal(Ratio(0.42)).peer(Ratio(0.20)),
             P50,
             P99,
+            AGENTS_CPU_EACH,
+            MACHINE_CPU_EACH,
             FAILED,
         ],
     },
@@ -80,7 +82,7 @@ pub(crate) const ROWS: &[Row] = &[
         measure: Measure::Connections { clients: 32 },
         base: Some(Path::DirectSameNode),
         paths: &[Path::SameNode],
-        figures: &[Figure::more("rate", "32 clients connecting", CONNECTIONS).goal(Ratio(0.95)), FAILED],
+        figures: &[Figure::more("rate", "32 clients connecting", CONNECTIONS).goal(Ratio(0.95)), AGENTS_CPU_EACH, MACHINE_CPU_EACH, FAILED],
     },
     Row {
         name: "passed-stream",
@@ -96,7 +98,7 @@ pub(crate) const ROWS: &[Row] = &[
         measure: Measure::Connections { clients: 32 },
         base: Some(Path::Direct),
         paths: &[Path::OutOfMesh, Path::Plaintext],
-        figures: &[Figure::more("rate", "32 clients connecting", CONNECTIONS).goal(Ratio(0.98)), FAILED],
+        figures: &[Figure::more("rate", "32 clients connecting", CONNECTIONS).goal(Ratio(0.98)), MACHINE_CPU_EACH, FAILED],
     },
     Row {
         name: "first-byte",
@@ -187,6 +189,8 @@ pub(crate) const ROWS: &[Row] = &[
 
 const AGENTS_CPU: Figure = Figure::less("agents_cpu", "  both agents' CPU", "s/GB");
 const MACHINE_CPU: Figure = Figure::less("machine_cpu", "  the machine's CPU", "s/GB");
+const AGENTS_CPU_EACH: Figure = Figure::less("agents_cpu", "  both agents' CPU", "µs each");
+const MACHINE_CPU_EACH: Figure = Figure::less("machine_cpu", "  the machine's CPU", "µs each");
 
 const MS: &str = "ms";
 const MB: &str = "MB";
