@@ -13,9 +13,7 @@ use aya_ebpf::bindings::{
     BPF_NOEXIST, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK,
 };
 use aya_ebpf::cty::c_void;
-use aya_ebpf::helpers::{
-    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_sk_release,
-};
+use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_sk_release};
 use aya_ebpf::programs::SockOpsContext;
 use culvert_ebpf_common::{
     Address, Connection, Endpoint, Flow, ListenerKey, ListenerRole, Namespace, NamespaceState, Outcome, Socket, SocketKind,
@@ -101,7 +99,8 @@ pub(crate) fn connecting(ctx: &SockOpsContext, socket: &Socket, flow: &Flow) {
     }
     let connection = socket.connection(*flow, cookie(ctx));
     // One with the same ends whose source is gone: its destination is not closed yet, and will find this one in its place.
-    let kept = CONNECTIONS.insert(flow, &connection, VACANT).is_ok() || CONNECTIONS.insert(flow, &connection, abandon(flow)).is_ok();
+    let kept =
+        CONNECTIONS.insert(flow, &connection, VACANT).is_ok() || CONNECTIONS.insert(flow, &connection, abandon(flow)).is_ok();
     if !kept || ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32).is_err() {
         // What could not be accounted for is attested to nobody; the agent has room for the next.
         let _was_never_there = CONNECTIONS.remove(flow);

@@ -82,7 +82,12 @@ pub(crate) const ROWS: &[Row] = &[
         measure: Measure::Connections { clients: 32 },
         base: Some(Path::DirectSameNode),
         paths: &[Path::SameNode],
-        figures: &[Figure::more("rate", "32 clients connecting", CONNECTIONS).goal(Ratio(0.95)), AGENTS_CPU_EACH, MACHINE_CPU_EACH, FAILED],
+        figures: &[
+            Figure::more("rate", "32 clients connecting", CONNECTIONS).goal(Ratio(0.95)),
+            AGENTS_CPU_EACH,
+            MACHINE_CPU_EACH,
+            FAILED,
+        ],
     },
     Row {
         name: "passed-stream",
