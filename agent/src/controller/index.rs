@@ -10,6 +10,7 @@ mod findings;
 mod pod;
 mod podless;
 mod policies;
+mod refused;
 mod residents;
 mod resource;
 mod same_node;
@@ -178,9 +179,8 @@ impl Index {
             match change {
                 Change::Applied { object, origin } => self.apply_object(object, origin, &mut update.warnings),
                 Change::Removed(key) => self.remove_object(key),
-                Change::Refused { key, uid, error } => {
-                    update.warnings.push(format!("{key}: {error}; what it said before stays in force"));
-                    self.findings.refuse(key, uid.as_ref(), error);
+                Change::Refused { key, uid, error, stand_in } => {
+                    update.warnings.push(self.refuse(key, uid.as_ref(), error, stand_in.as_deref()));
                 }
             }
         }

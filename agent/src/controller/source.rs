@@ -7,6 +7,7 @@
 pub mod kubernetes;
 pub mod manifests;
 mod object;
+pub(super) mod stand_in;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -43,6 +44,8 @@ pub enum Change {
         uid: Option<String>,
         /// What is wrong with it.
         error: FieldError,
+        /// What stands in for it where it said nothing good before: of a policy the strictest that it may mean, if that can be told.
+        stand_in: Option<Arc<Object>>,
     },
 }
 

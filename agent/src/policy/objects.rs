@@ -122,6 +122,9 @@ pub struct PeerAuthenticationSpec {
     /// Modes by port.
     #[serde(default, deserialize_with = "null_as_default")]
     pub port_level_mtls: BTreeMap<Port, MutualTls>,
+    /// Never written: it stands in for an object of which it cannot be told what it selects, and no older one overrules it.
+    #[serde(skip)]
+    pub stands_in: bool,
 }
 
 impl Spec for PeerAuthenticationSpec {

@@ -2,7 +2,8 @@
 //!
 //! Enter: the objects of the mesh, once for an index, then a namespace and labels for each workload. Leaves: the workload's
 //! resolved [`model::PeerAuthentication`](PeerAuthentication). The narrowest scope that says something wins: workload, namespace,
-//! mesh; PERMISSIVE if none does. Of several objects of one scope only the oldest counts, even where it leaves the mode open.
+//! mesh; PERMISSIVE if none does. Of several objects of one scope only the oldest counts, even where it leaves the mode open;
+//! beside it counts what stands in for one that cannot be read.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -87,7 +88,8 @@ impl PeerAuthenticationIndex {
     #[must_use]
     pub fn new<'a>(objects: impl IntoIterator<Item = &'a PeerAuthenticationPolicy>, root_namespace: &str) -> Self {
         let mut objects: Vec<_> = objects.into_iter().collect();
-        objects.sort_by_key(|object| (&object.metadata.creation_timestamp, object.name(), object.namespace()));
+        let stands_in = |object: &PeerAuthenticationPolicy| object.spec.as_ref().is_some_and(|spec| spec.stands_in);
+        objects.sort_by_key(|object| (stands_in(object), &object.metadata.creation_timestamp, object.name(), object.namespace()));
         let empty = PeerAuthenticationSpec::default();
         let mut index = Self::default();
         let mut oldest: HashMap<_, &PeerAuthenticationPolicy> = HashMap::new();
@@ -98,7 +100,9 @@ impl PeerAuthenticationIndex {
             if is_root && !selector.is_empty() {
                 continue;
             }
-            if let Some(older) = oldest.get(&(object.namespace(), selector)) {
+            if !spec.stands_in
+                && let Some(older) = oldest.get(&(object.namespace(), selector))
+            {
                 index.overruled.push(Overruled { policy: object.key(), by: older.key() });
                 continue;
             }

@@ -37,8 +37,10 @@ pub fn authorization(object: &Value) -> Option<AuthorizationPolicy> {
 /// What stands in for a `PeerAuthentication`.
 #[must_use]
 pub fn peer_authentication(object: &Value) -> Option<PeerAuthenticationPolicy> {
+    let selector = selector(object);
     let spec = PeerAuthenticationSpec {
-        selector: selector(object),
+        stands_in: selector.is_none() && object.pointer("/spec/selector").is_some_and(is_set),
+        selector,
         mtls: Some(MutualTls { mode: MutualTlsMode::Strict }),
         ..PeerAuthenticationSpec::default()
     };

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
-use crate::controller::source::{FieldError, Kind, ObjectKey};
+use crate::controller::source::{Kind, ObjectKey};
 use crate::policy::Problem;
 use crate::policy::peer_authentication::Overruled;
 
@@ -33,27 +33,42 @@ pub(super) struct Findings {
 struct Note {
     uid: Option<String>,
     generation: Option<i64>,
-    in_force: bool,
+    force: Force,
     problems: Vec<String>,
+}
+
+/// What of an object is in force.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Force {
+    /// Nothing, as far as is noted.
+    #[default]
+    Nothing,
+    /// What stands in for it.
+    StandIn,
+    /// What it says, or said when it last made sense.
+    Object,
 }
 
 impl Findings {
     /// A policy is in force, with these exceptions.
     pub(super) fn note(&mut self, key: &ObjectKey, metadata: &ObjectMeta, problems: &[Problem]) {
         let problems = problems.iter().map(ToString::to_string).collect();
-        let note = Note { uid: metadata.uid.clone(), generation: metadata.generation, in_force: true, problems };
+        let note = Note { uid: metadata.uid.clone(), generation: metadata.generation, force: Force::Object, problems };
         self.notes.insert(key.clone(), note);
         self.stale.insert(key.clone());
     }
 
+    /// What of a policy is in force. Of other objects it is not noted: what they said stays so.
+    pub(super) fn force(&self, key: &ObjectKey) -> Force {
+        if is_policy(key.kind) { self.notes.get(key).map(|note| note.force).unwrap_or_default() } else { Force::Object }
+    }
+
     /// An object cannot be used as it is now.
-    pub(super) fn refuse(&mut self, key: &ObjectKey, uid: Option<&String>, error: &FieldError) {
+    pub(super) fn refuse(&mut self, key: &ObjectKey, uid: Option<&String>, problem: String, force: Force) {
         if !is_policy(key.kind) {
             return;
         }
-        let in_force = self.notes.get(key).is_some_and(|note| note.in_force);
-        let effect = if in_force { "what the object said before stays in force" } else { "nothing of the object is in force" };
-        let note = Note { uid: uid.cloned(), generation: None, in_force, problems: vec![format!("{error}; {effect}")] };
+        let note = Note { uid: uid.cloned(), generation: None, force, problems: vec![problem] };
         self.notes.insert(key.clone(), note);
         self.stale.insert(key.clone());
     }

@@ -221,3 +221,13 @@ fn ten_thousand_objects_resolve_by_label() {
     }
     assert_eq!(index.resolve("shop", &labels(&[("app", "app-10000")])).mode, Mode::Permissive);
 }
+
+#[test]
+fn no_older_object_overrules_what_stands_in_for_one_of_which_it_cannot_be_told_what_it_selects() {
+    let older = || policy("shop", "default").mode(MutualTlsMode::Permissive).created(1);
+    let younger = || policy("shop", "odd").mode(MutualTlsMode::Strict).created(2);
+    let mut stand_in = younger();
+    stand_in.spec().stands_in = true;
+    assert_eq!(resolved_for_web([older(), younger()]).mode, Mode::Permissive);
+    assert_eq!(resolved_for_web([older(), stand_in]).mode, Mode::Strict);
+}

@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 use tracing::warn;
 
 use super::parse::{Head, head, object};
-use crate::controller::source::{Change, Kind, ObjectKey};
+use crate::controller::source::{Change, Kind, Object, ObjectKey, stand_in};
 use crate::policy::compile::MeshContext;
 
 /// What has been told of one kind.
@@ -118,8 +118,12 @@ impl Ledger {
         self.held.insert(head.name(), held);
         match object(self.kind, raw).and_then(|object| object.check(&self.mesh).map(|()| object)) {
             Ok(object) => Change::Applied { object: Arc::new(object), origin: Arc::clone(&self.origin) },
-            Err(error) => Change::Refused { key, uid: head.uid, error },
+            Err(error) => Change::Refused { key, uid: head.uid, error, stand_in: self.stand_in(raw) },
         }
+    }
+
+    fn stand_in(&self, raw: &RawValue) -> Option<Arc<Object>> {
+        stand_in::of(self.kind, &serde_json::from_str(raw.get()).ok()?, &self.mesh).map(Arc::new)
     }
 
     fn forget(&mut self, name: &Name) -> Option<Change> {

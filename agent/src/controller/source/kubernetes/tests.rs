@@ -152,6 +152,12 @@ impl World {
         complete
     }
 
+    /// What was said last of the parts of a policy that do not do what it says.
+    fn said_of(&self, policy: &str) -> Vec<String> {
+        let finding = self.findings.iter().rfind(|finding| finding.policy.to_string() == policy).expect("it was told of");
+        finding.problems.clone().expect("it is there")
+    }
+
     /// Applies batches until this was said.
     async fn hears(&mut self, change: &str) {
         while !self.changes.iter().any(|heard| heard.starts_with(change)) {
@@ -303,6 +309,34 @@ async fn an_object_that_cannot_be_used_is_told_of_and_what_it_said_before_stays(
     let problem = &finding.problems.as_ref().unwrap()[0];
     assert!(problem.contains("principal") && problem.ends_with("what the object said before stays in force"), "{problem}");
     assert!(finding.uid.is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_policy_that_never_made_sense_closes_what_it_may_close_until_it_is_put_right() {
+    let server = ApiServer::with(&SHOP.replace("principals:", "principal:").replace("STRICT", "STRICTLY"));
+    server.offer_policies("v1");
+    let mut world = World::start(server).await;
+    let (mode, rule) = ("what it selects takes mutual TLS only", "it allows nobody");
+    for (policy, effect) in [("PeerAuthentication shop/default", mode), ("AuthorizationPolicy shop/cart-only", rule)] {
+        let problems = world.said_of(policy);
+        assert!(matches!(&problems[..], [problem] if problem.contains(effect)), "{problems:?}");
+    }
+    let mut standing_in = world.resources.clone();
+    world.changes.clear();
+    world.server.put(SHOP);
+    world.hears("applied AuthorizationPolicy shop/cart-only").await;
+    world.hears("applied PeerAuthentication shop/default").await;
+    let mut good = world.resources.clone();
+    let policy = (ResourceKind::Authorization, "shop/cart-only".to_owned());
+    let [stand_in, rule] = [&mut standing_in, &mut good].map(|resources| resources.remove(&policy).expect("a policy"));
+    assert!(stand_in.len() < rule.len(), "it has no rules: {stand_in:?}");
+    assert_eq!(standing_in, good, "STRICT is what both say");
+
+    world.changes.clear();
+    world.server.put(&SHOP.replace("STRICT", "STRICTLY"));
+    world.hears("refused PeerAuthentication shop/default").await;
+    let said = world.said_of("PeerAuthentication shop/default").concat();
+    assert!(said.ends_with("what the object said before stays in force"), "{said}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use tracing::{error, info, warn};
 
 use super::parse::{FileError, Item, Place};
+use crate::controller::source::stand_in::effect_of;
 use crate::controller::source::{Change, Object, ObjectKey};
-use crate::policy::objects::PolicyAction;
 
 /// What the directory's files hold.
 #[derive(Debug, Default)]
@@ -186,16 +186,6 @@ impl Ledger {
             }
         }
         self.touched.insert(key);
-    }
-}
-
-/// What a policy that stands in for another does.
-fn effect_of(object: &Object) -> &'static str {
-    let Object::AuthorizationPolicy(policy) = object else { return "what it selects takes mutual TLS only" };
-    if policy.spec.as_ref().is_none_or(|spec| spec.action == PolicyAction::Allow) {
-        "it allows nobody, and what it selects is open only to those whom other policies allow"
-    } else {
-        "what it selects is closed to everybody"
     }
 }
 

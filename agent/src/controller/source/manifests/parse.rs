@@ -13,8 +13,8 @@ use serde_json::Value;
 use tracing::debug;
 
 use crate::controller::source::object::{FieldError, Kind, Object};
+use crate::controller::source::stand_in;
 use crate::policy::compile::MeshContext;
-use crate::policy::stand_in;
 
 /// The largest manifest file read, in bytes.
 pub(super) const MAX_FILE: u64 = 32 * 1024 * 1024;
@@ -78,9 +78,12 @@ pub(super) fn parse(path: &Path, content: &[u8], mesh: &MeshContext) -> Result<V
 
 fn document(document: usize, value: Value, mesh: &MeshContext, items: &mut Vec<Item>) {
     let mut push = |place: Place, value: Value| {
-        let policy = is_policy(&value).then(|| value.clone());
+        let policy = policy_kind(&value).map(|kind| (kind, value.clone()));
         let Some(object) = object_of(value, mesh).transpose() else { return };
-        let stand_in = if object.is_err() { policy.and_then(|policy| stand_in(&policy, mesh)) } else { None };
+        let stand_in = policy.filter(|_| object.is_err()).and_then(|(kind, policy)| {
+            let stand_in = stand_in::of(kind, &policy, mesh)?;
+            Some((stand_in, digest_of(&policy)))
+        });
         items.push(Item { place, object, stand_in });
     };
     match value {
@@ -139,22 +142,13 @@ fn object_of(value: Value, mesh: &MeshContext) -> Result<Option<(Object, [u8; 32
         .map_err(|error| ItemError { subject, error })
 }
 
-fn is_policy(value: &Value) -> bool {
+/// The kind of a policy; none for what is none.
+fn policy_kind(value: &Value) -> Option<Kind> {
     let text = |field| value.get(field).and_then(Value::as_str).unwrap_or_default();
     let policies = [Kind::PeerAuthentication, Kind::AuthorizationPolicy];
     policies
-        .iter()
-        .any(|kind| text("kind") == kind.as_str() && text("apiVersion").split('/').next() == Some(kind.group_versions().0))
-}
-
-/// What stands in for a policy that makes no sense, if it can be told whose it is.
-fn stand_in(policy: &Value, mesh: &MeshContext) -> Option<(Object, [u8; 32])> {
-    let object = if policy.get("kind").and_then(Value::as_str) == Some(Kind::PeerAuthentication.as_str()) {
-        Object::PeerAuthentication(Box::new(stand_in::peer_authentication(policy)?))
-    } else {
-        Object::AuthorizationPolicy(Box::new(stand_in::authorization(policy)?))
-    };
-    object.check(mesh).is_ok().then(|| (object, digest_of(policy)))
+        .into_iter()
+        .find(|kind| text("kind") == kind.as_str() && text("apiVersion").split('/').next() == Some(kind.group_versions().0))
 }
 
 fn typed(kind: Kind, value: Value) -> Result<Object, FieldError> {
