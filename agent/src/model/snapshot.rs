@@ -296,7 +296,10 @@ impl Edit {
         let state = &mut self.snapshot;
         if !workload.host_network {
             for address in &workload.addresses {
-                state.workload_by_address.insert(octets(*address), Arc::clone(&workload));
+                let former = state.workload_by_address.insert(octets(*address), Arc::clone(&workload));
+                if let Some(former) = former.filter(|former| former.uid != uid) {
+                    state.forget_destinations(&former, *address);
+                }
             }
         }
         for (service, _) in workload.services.iter() {
@@ -339,9 +342,7 @@ impl Edit {
             // Another workload may have taken the address over before this one was told to be gone.
             if state.workload_by_address.get(&octets(*address)).is_some_and(|owner| owner.uid == workload.uid) {
                 state.workload_by_address.remove(&octets(*address));
-                for (key, _) in workload_destinations(workload).filter(|(key, _)| key.0 == *address) {
-                    state.destinations.remove(&key);
-                }
+                state.forget_destinations(workload, *address);
             }
         }
         for (service, _) in workload.services.iter() {
@@ -418,6 +419,13 @@ impl Edit {
 }
 
 impl Snapshot {
+    /// Removes what is said of an address because it is this workload's.
+    fn forget_destinations(&mut self, workload: &Workload, address: IpAddr) {
+        for (key, _) in workload_destinations(workload).filter(|(key, _)| key.0 == address) {
+            self.destinations.remove(&key);
+        }
+    }
+
     /// In a time that grows with the service alone.
     fn gather_endpoints(&self, service: &Service, key: &str) -> Endpoints {
         let members = self.members.get(key).cloned().unwrap_or_default();

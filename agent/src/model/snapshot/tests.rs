@@ -136,6 +136,20 @@ fn an_address_that_a_new_pod_took_over_survives_the_old_ones_removal() {
 }
 
 #[test]
+fn a_port_that_the_pod_before_had_in_plaintext_is_not_its_successors() {
+    let modes = PeerAuthentication { mode: Mode::Strict, ports: [(8080, Mode::Disable)].into() };
+    let old = Workload { peer_authentication: modes.into(), ..pod("old", "10.0.0.1") };
+    let snapshot = with([old], []);
+    assert_eq!(destination(&snapshot, "10.0.0.1", 8080), Some(Destination::Pass));
+    let mut edit = snapshot.edit();
+    edit.upsert_workload(pod("new", "10.0.0.1"));
+    edit.remove_workload("Kubernetes//Pod/a/old");
+    let snapshot = edit.finish();
+    assert_eq!(destination(&snapshot, "10.0.0.1", 8080), None);
+    assert_eq!(destination(&snapshot, "10.0.0.1", 0), Some(Destination::Capture));
+}
+
+#[test]
 fn a_service_is_captured_on_its_ports_and_refused_on_others() {
     let snapshot = with([backend("one", "10.0.0.1")], [web()]);
     assert_eq!(destination(&snapshot, "10.96.0.1", 80), Some(Destination::Capture));
