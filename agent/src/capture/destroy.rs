@@ -54,7 +54,7 @@ struct Listed {
 ///
 /// # Errors
 /// When the namespace cannot be entered, or the kernel lacks `CONFIG_INET_DIAG` or, where there is something to end,
-/// `CONFIG_INET_DIAG_DESTROY`. Connections before the failing one have ended.
+/// `CONFIG_INET_DIAG_DESTROY`. All that could be ended have ended.
 pub fn destroy_inbound(netns: &Netns, denied: impl Fn(SocketAddr, SocketAddr) -> bool) -> io::Result<usize> {
     let socket = netns.enter(|| netlink::open(netlink_sys::protocols::NETLINK_SOCK_DIAG))?;
     let mut listed = Vec::new();
@@ -62,13 +62,15 @@ pub fn destroy_inbound(netns: &Netns, denied: impl Fn(SocketAddr, SocketAddr) ->
         let request = request(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, family, STATES, &[0; ID_LENGTH]);
         netlink::exchange(&socket, &request, |_, payload| listed.extend(parse(payload)))?;
     }
-    let mut ended = 0;
-    for connection in inbound(&listed) {
-        if denied(connection.remote, connection.local) && destroy(&socket, connection)? {
-            ended += 1;
+    let (mut ended, mut failed) = (0, None);
+    for connection in inbound(&listed).filter(|connection| denied(connection.remote, connection.local)) {
+        match destroy(&socket, connection) {
+            Ok(destroyed) => ended += usize::from(destroyed),
+            // One that does not go is no reason to spare the others.
+            Err(error) => failed = failed.or(Some(error)),
         }
     }
-    Ok(ended)
+    failed.map_or(Ok(ended), Err)
 }
 
 /// The connections that applications accepted from outside of the pod and that are none of the agent's.

@@ -306,6 +306,7 @@ impl Enroller {
             Message::Unmounted { netns, addresses } => {
                 self.opening -= 1;
                 self.exempt_unmounted(netns, &addresses);
+                self.catch_up();
             }
             Message::Addresses { cookie, addresses } if !self.tracked.contains_key(&cookie) => {
                 self.set_foreign_addresses(cookie, addresses);

@@ -111,7 +111,8 @@ impl Enroller {
     /// Notes what is at a name.
     fn settle(&mut self, name: OsString, place: Place) {
         let before = self.names.get(&name).copied();
-        if before.is_some_and(|inode| place == Place::Namespace(inode)) {
+        // What could not be looked at is what it was.
+        if before.is_some_and(|inode| place == Place::Namespace(inode) || place == Place::Unreadable) {
             return;
         }
         if let Some(inode) = before {
@@ -123,7 +124,7 @@ impl Enroller {
         }
         match place {
             Place::Missing => drop(self.unripe.remove(&name)),
-            Place::Unripe => drop(self.unripe.insert(name)),
+            Place::Unripe | Place::Unreadable => drop(self.unripe.insert(name)),
             Place::Namespace(inode) => {
                 self.unripe.remove(&name);
                 self.names.insert(name.clone(), inode);

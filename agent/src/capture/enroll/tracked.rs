@@ -139,7 +139,7 @@ impl Drop for Tracked {
 
 /// Tells of changes of a namespace's addresses until it is stopped.
 pub(super) fn watch_addresses(cookie: u64, watch: AddressWatch, messages: mpsc::Sender<Message>) -> AbortHandle {
-    let task = tokio::spawn(async move {
+    let follow = async move {
         let watch = readiness::register(watch, Interest::READABLE)?;
         loop {
             watch.readable().await?.clear_ready();
@@ -148,6 +148,11 @@ pub(super) fn watch_addresses(cookie: u64, watch: AddressWatch, messages: mpsc::
             if messages.send(Message::Addresses { cookie, addresses }).await.is_err() {
                 return Ok::<(), std::io::Error>(());
             }
+        }
+    };
+    let task = tokio::spawn(async move {
+        if let Err(error) = follow.await {
+            tracing::warn!(%error, cookie, "cannot follow a network namespace's addresses any more: what changes there is not seen");
         }
     });
     task.abort_handle()

@@ -24,6 +24,8 @@ pub(super) enum Place {
     Missing,
     /// A file that is no namespace, or not yet.
     Unripe,
+    /// It could not be looked at.
+    Unreadable,
     /// A namespace of this inode.
     Namespace(u64),
 }
@@ -96,7 +98,10 @@ impl NetnsDir {
         match opened {
             Ok(file) => inode(&file).map_or(Place::Unripe, Place::Namespace),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Place::Missing,
-            Err(_) => Place::Unripe,
+            Err(error) => {
+                tracing::warn!(%error, path = %self.path(name).display(), "cannot look at what may be a network namespace");
+                Place::Unreadable
+            }
         }
     }
 
