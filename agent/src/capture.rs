@@ -98,6 +98,8 @@ pub enum PodEvent {
         pod: Arc<LocalPod>,
         /// Its listeners, to be dropped when [`LocalPod::released`] says so.
         listeners: Vec<Listener>,
+        /// It was in the mesh before this agent came: what is open to it is to be held against what changed meanwhile.
+        inherited: bool,
     },
     /// What a pod accepts, or the policies for it, may have changed, and the kernel rules by the new state from here on: its open
     /// connections are to be held against it.

@@ -137,9 +137,9 @@ impl Inbound {
         }
     }
 
-    /// Closes those connections from pods of the node that an agent before this one has let through and that are denied by now. Blocks as
+    /// Closes those connections from pods of the node that the kernel has let through by a verdict and that are denied by now. Blocks as
     /// [`recheck`](Self::recheck) does.
-    pub fn recheck_inherited(&self, pod: &LocalPod) {
+    pub fn recheck_attested(&self, pod: &LocalPod) {
         // Plaintext that was open before the pod was in the mesh goes on.
         self.destroy_denied(pod, self.judge(pod), |_, _| false);
     }

@@ -183,7 +183,7 @@ impl Pods {
 
     fn handle(&self, event: PodEvent) {
         match event {
-            PodEvent::Enrolled { pod, listeners } => self.enrolled(pod, listeners),
+            PodEvent::Enrolled { pod, listeners, inherited } => self.enrolled(pod, listeners, inherited),
             PodEvent::Updated(pod) => {
                 let (inbound, same_node) = (Arc::clone(&self.inbound), Arc::clone(&self.same_node));
                 tokio::task::spawn_blocking(move || {
@@ -209,12 +209,13 @@ impl Pods {
         }
     }
 
-    fn enrolled(&self, pod: Arc<LocalPod>, listeners: Vec<crate::capture::Listener>) {
+    fn enrolled(&self, pod: Arc<LocalPod>, listeners: Vec<crate::capture::Listener>, inherited: bool) {
         let workload = pod.workload();
         info!(pod = %workload.name, namespace = workload.identity.namespace(), addresses = ?pod.addresses, "pod enrolled");
         self.same_node.add(&pod);
         let (inbound, enrolled) = (Arc::clone(&self.inbound), Arc::clone(&pod));
-        tokio::task::spawn_blocking(move || inbound.recheck_inherited(&enrolled));
+        let recheck = if inherited { Inbound::recheck } else { Inbound::recheck_attested };
+        tokio::task::spawn_blocking(move || recheck(&inbound, &enrolled));
         for listener in listeners {
             let (pod, permits) = (Arc::clone(&pod), self.permits.clone());
             match listener.kind() {

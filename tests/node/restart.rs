@@ -145,6 +145,26 @@ fn a_policy_that_went_while_there_was_no_agent_denies_nobody() {
 }
 
 #[test]
+fn plaintext_that_is_open_goes_on_past_a_restart_unless_what_changed_meanwhile_denies_it() {
+    let mut scene = Scene::new();
+    let outsider = scene.mesh.pod(PodSpec { name: "outsider", namespace: "shop", node: 0, enrolled: false });
+    let open = app::open(&outsider.netns, scene.server.at(false, PORT)).expect("a connection");
+    scene.mesh.kill_agent(NODE);
+    scene.mesh.start_agent(NODE);
+    eventually("the server is reached", || scene.reached());
+    app::ping(&open).expect("an answer");
+
+    scene.mesh.kill_agent(NODE);
+    let strict = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: default, namespace: shop}\n\
+                  spec: {mtls: {mode: STRICT}}\n";
+    scene.mesh.apply("strict", strict);
+    scene.controller_knows();
+    scene.mesh.start_agent(NODE);
+    eventually("it is cut", || app::ping(&open).is_err());
+    eventually("the server is reached", || scene.reached());
+}
+
+#[test]
 fn while_the_controller_has_not_answered_nothing_that_was_kept_is_in_force() {
     let mut scene = Scene::new();
     scene.mesh.kill_agent(NODE);

@@ -405,11 +405,11 @@ impl Enroller {
         match made {
             Ok((generation, routing, listeners)) => {
                 tracked.retry = FIRST_RETRY;
-                tracked.phase = Phase::Enrolled(Arc::clone(&workload));
+                let inherited = std::mem::replace(&mut tracked.phase, Phase::Enrolled(Arc::clone(&workload))) == Phase::Inherited;
                 let pod = Arc::new(LocalPod::new(tracked.netns.clone(), Arc::clone(&workload), generation, Some(routing)));
                 tracked.pod = Some(Arc::clone(&pod));
                 tracing::debug!(pod = %workload.name, namespace = workload.identity.namespace(), "enrolled");
-                let _nobody_serves = self.pods.send(PodEvent::Enrolled { pod, listeners }).await;
+                let _nobody_serves = self.pods.send(PodEvent::Enrolled { pod, listeners, inherited }).await;
                 self.reconcile(cookie).await;
             }
             Err(error) => {
