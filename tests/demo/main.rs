@@ -12,6 +12,7 @@ mod handshake;
 mod lab;
 mod mesh;
 mod netns;
+mod payload;
 mod report;
 mod steps;
 mod tls;

@@ -15,13 +15,13 @@ use crate::application::{Answer, Nginx, SECRET, curl, curl_command, service_url,
 use crate::handshake::{Recorded, TUNNEL_PORT, Tunnel, short, tunnels};
 use crate::lab::{BATCH, CART, FABRIC, LEGACY, Lab, NODE_A, NODE_B, NODES, Node, OUTSIDE, PODS, Pod, WEB, namespace};
 use crate::mesh::{CERTIFICATE_LIFE, Mesh, SERVICE, WEB_PORT};
+use crate::payload::{self, Payload, TRANSFER};
 use crate::report::Report;
 use crate::wire::{Streams, Wire};
 
 /// The port of nginx outside.
 const OUTSIDE_PORT: u16 = 80;
-/// What is transferred while certificates are rotated: long enough that it is still under way at the slow rate.
-const TRANSFER: usize = 32 << 20;
+/// How much of the payload is read at a time while certificates are rotated: it is still under way at this rate.
 const SLOWLY: usize = 64 << 10;
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -67,7 +67,7 @@ pub(crate) fn all(lab: &Lab, culvert: &Path, report: &mut Report) -> Result<()> 
     report.text("Culvert: two nodes, four pods, nginx and curl");
     let started = Instant::now();
     lab.build().context("building nodes and pods")?;
-    write_payload(lab)?;
+    payload::write(lab)?;
     let wire = Wire::tap(&namespace(FABRIC), &format!("to-{}", NODE_A.name)).context("capturing between the nodes")?;
     let files = lab.path("files");
     let files = files.to_str().context("a path that is no text")?;
@@ -475,38 +475,4 @@ fn shows(streams: &Streams, words: &str) -> bool {
 fn shows_between(streams: &Streams, client: &Pod, server: &Pod, words: &str) -> bool {
     let between = streams.iter().filter(|((from, to), _)| *from.ip() == client.address && *to.ip() == server.address);
     between.into_iter().any(|(_, stream)| stream.shows(words))
-}
-
-/// Bytes that follow a rule, so that each can be checked as it comes (Marsaglia's xorshift).
-#[derive(Debug)]
-struct Payload {
-    state: u64,
-    left: u32,
-}
-
-impl Default for Payload {
-    fn default() -> Self {
-        Self { state: 0x9e37_79b9_7f4a_7c15, left: 0 }
-    }
-}
-
-impl Payload {
-    fn next_byte(&mut self) -> u8 {
-        if self.left == 0 {
-            self.state ^= self.state << 13;
-            self.state ^= self.state >> 7;
-            self.state ^= self.state << 17;
-            self.left = 8;
-        }
-        self.left -= 1;
-        self.state.to_le_bytes()[self.left as usize]
-    }
-}
-
-fn write_payload(lab: &Lab) -> Result<()> {
-    let files = lab.path("files");
-    std::fs::create_dir_all(&files)?;
-    let mut payload = Payload::default();
-    let bytes: Vec<u8> = (0..TRANSFER).map(|_| payload.next_byte()).collect();
-    std::fs::write(files.join("payload"), bytes).context("writing what will be transferred")
 }
