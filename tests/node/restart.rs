@@ -155,9 +155,7 @@ fn plaintext_that_is_open_goes_on_past_a_restart_unless_what_changed_meanwhile_d
     app::ping(&open).expect("an answer");
 
     scene.mesh.kill_agent(NODE);
-    let strict = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: default, namespace: shop}\n\
-                  spec: {mtls: {mode: STRICT}}\n";
-    scene.mesh.apply("strict", strict);
+    scene.mesh.mode("shop", "STRICT");
     scene.controller_knows();
     scene.mesh.start_agent(NODE);
     eventually("it is cut", || app::ping(&open).is_err());
