@@ -128,7 +128,10 @@ impl<K: Eq + Hash + Clone, S: Clone> Pool<K, S> {
                 opened => return opened,
             }
         }
-        let tunnel = slot.dial_alone(&dial).await?;
+        let tunnel = {
+            let _room = slot.handshakes.acquire().await;
+            slot.make(&dial).await?
+        };
         slot.open_in(tunnel, open, first).await
     }
 
@@ -209,7 +212,7 @@ impl Slot {
                 return Ok((tunnel, false));
             }
             if !self.lock().single {
-                return Ok((self.add(Box::pin(dial()).await?)?, true));
+                return Ok((self.make(dial).await?, true));
             }
         }
         let mut room = pin!(self.handshakes.acquire());
@@ -220,7 +223,7 @@ impl Slot {
                 _room = &mut room => {
                     return match self.usable() {
                         Some(tunnel) => Ok((tunnel, false)),
-                        None => Ok((self.add(Box::pin(dial()).await?)?, true)),
+                        None => Ok((self.make(dial).await?, true)),
                     };
                 }
                 () = self.returned.notified() => if let Some(tunnel) = self.usable() {
@@ -231,11 +234,10 @@ impl Slot {
     }
 
     /// A new tunnel, whatever there is.
-    async fn dial_alone<F>(&self, dial: &impl Fn() -> F) -> Result<Pooled, TunnelError>
+    async fn make<F>(&self, dial: &impl Fn() -> F) -> Result<Pooled, TunnelError>
     where
         F: Future<Output = Result<Dialled, TunnelError>>,
     {
-        let _room = self.handshakes.acquire().await;
         self.add(Box::pin(dial()).await?)
     }
 
