@@ -5,7 +5,8 @@ use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SockHash};
 use culvert_ebpf_common::{
-    Connection, Endpoint, Event, Flow, ListenerKey, Namespace, Outcome, Settings, Socket, Verdict, VerdictKey,
+    CONNECTION_EVENTS_LENGTH, Connection, Endpoint, Event, Flow, ListenerKey, Namespace, Outcome, Settings, Socket, Verdict,
+    VerdictKey,
 };
 
 const NO_PREALLOC: u32 = 1;
@@ -65,7 +66,7 @@ pub(crate) static CONNECTIONS: HashMap<Flow, Connection> = HashMap::with_max_ent
 
 /// What happens to those connections. What finds no room is counted.
 #[map]
-pub(crate) static CONNECTION_EVENTS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
+pub(crate) static CONNECTION_EVENTS: RingBuf = RingBuf::with_byte_size(CONNECTION_EVENTS_LENGTH, 0);
 
 /// Those of them whose end found no room among the events, by the cookie of the source's socket. Written by `sock_ops`; read and removed by
 /// the agent.

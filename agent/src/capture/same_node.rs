@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use aya::Ebpf;
 use aya::maps::{HashMap, MapData, MapError, RingBuf};
-use culvert_ebpf_common::{Connection, Endpoint, Flow, Outcome, Stage, Verdict, VerdictKey};
+use culvert_ebpf_common::{CONNECTION_EVENTS_LENGTH, Connection, Endpoint, Flow, Outcome, Stage, Verdict, VerdictKey};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -26,7 +26,7 @@ const ROUND: Duration = Duration::from_millis(10);
 /// How many records are taken up at a time. Others of the task's thread come to their turn between.
 const AT_ONCE: usize = 1024;
 /// No more records than these are in the ring buffer at a time.
-const ROOM: usize = 1024 * 1024 / size_of::<Connection>();
+const ROOM: usize = CONNECTION_EVENTS_LENGTH as usize / size_of::<Connection>();
 
 /// The maps of these connections, shared by all threads.
 #[derive(Clone)]

@@ -19,7 +19,7 @@ pub use event::{Event, EventKind};
 pub use namespace::{Namespace, NamespaceState};
 pub use outcome::Outcome;
 pub use ruling::{Admission, Dispatch, ListenerKey, ListenerRole};
-pub use same_node::{Connection, Stage, Verdict, VerdictKey};
+pub use same_node::{CONNECTION_EVENTS_LENGTH, Connection, Stage, Verdict, VerdictKey};
 pub use settings::Settings;
 pub use socket::{Socket, SocketKind};
 

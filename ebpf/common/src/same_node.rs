@@ -28,6 +28,9 @@ pub struct Verdict {
     pub expires_ns: u64,
 }
 
+/// How many bytes the ring buffer has in which the programs tell of connections.
+pub const CONNECTION_EVENTS_LENGTH: u32 = 1024 * 1024;
+
 /// A connection that stays in the kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
