@@ -135,11 +135,13 @@ mod tests {
             (json!({"matchLabels": {"app": "ser*"}}), false),
             (json!(null), false),
         ] {
-            let object = policy(json!({"selector": selector, "action": "DENY", "rules": 7, "mtls": {"mode": "STRICTLY"}}));
+            let object =
+                policy(json!({"selector": selector.clone(), "action": "DENY", "rules": 7, "mtls": {"mode": "STRICTLY"}}));
             let authorization = authorization(&object).and_then(|policy| policy.spec).expect("a stand-in");
             let peer_authentication = peer_authentication(&object).and_then(|policy| policy.spec).expect("a stand-in");
             assert_eq!(authorization.selector.is_some(), kept, "{object}");
             assert_eq!(peer_authentication.selector, authorization.selector);
+            assert_eq!(peer_authentication.stands_in, !kept && !selector.is_null(), "{object}");
             assert_eq!(peer_authentication.mtls.map(|mtls| mtls.mode), Some(MutualTlsMode::Strict));
         }
     }
