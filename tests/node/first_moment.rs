@@ -16,9 +16,11 @@ const AWAITED: Duration = Duration::from_secs(10);
 
 const EARLY: PodSpec<'_> = PodSpec { name: "early", namespace: "shop", node: 0, enrolled: true };
 
-/// A mesh of kubelets' nodes, with a server of the second that only `early` may ask.
+/// A mesh of kubelets' nodes, whose agents say what they find out, with a server of the second that only `early` may ask.
 fn lab() -> (Mesh, Pod) {
-    let mut mesh = Mesh::start_as(MeshSpec { attached: Attached::ToKubelet, ..MeshSpec::default() });
+    let mut mesh = Mesh::prepare(MeshSpec { attached: Attached::ToKubelet, ..MeshSpec::default() });
+    mesh.agent_environment("CULVERT_LOG", "info,culvert::capture=debug");
+    mesh.start_all();
     mesh.mode("shop", "STRICT");
     mesh.apply(
         "only-early",
@@ -190,6 +192,30 @@ fn a_pod_that_is_made_anew_under_its_name_has_its_own_identity() {
         assert!(!sandbox.converses(target, "second"), "the second has the identity of the first");
         denied(&mesh.log("agent-b"))
     });
+}
+
+#[test]
+fn a_sandbox_that_is_made_anew_at_an_address_that_was_anothers_is_not_taken_for_that_one() {
+    let (mut mesh, server) = lab();
+    let open = mesh.pod(PodSpec { name: "open", namespace: "free", node: 1, enrolled: true });
+    app::server(&open.netns, PORT, app::echo);
+    let other = PodSpec { name: "other", ..EARLY };
+    mesh.apply("pod-early", &object(EARLY, "uid-of-early", FIRST));
+    mesh.apply("pod-other", &object(other, "uid-of-other", FIRST + 1));
+    eventually("their node knows of both", || {
+        ["\"early\"", "\"other\""].iter().all(|name| mesh.admin(0, "/workloads").contains(name))
+    });
+    // The node has started again, and its network has given addresses anew; of that the API server has not heard.
+    let (sandbox, _pod) = start(&mesh, EARLY, "uid-of-early", FIRST + 1);
+    eventually("its node knows which pod it is", || mesh.log("agent-a").contains("the pod of a network namespace"));
+    let mut capture = mesh.capture_between_nodes();
+    assert!(!sandbox.converses(open.at(false, PORT), "marker-anew"), "it is taken for another");
+    capture.finish();
+    assert!(!capture.shows(b"marker-anew"), "it has spoken in the clear");
+    mesh.delete("pod-other");
+    mesh.apply("pod-early", &object(EARLY, "uid-of-early", FIRST + 1));
+    eventually("it is served as itself", || sandbox.converses(server.at(false, PORT), "marker-anew"));
+    assert!(!mesh.log("agent-b").contains("/ns/shop/sa/other"), "it has had another's identity");
 }
 
 #[test]

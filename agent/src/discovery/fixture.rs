@@ -54,7 +54,7 @@ pub(super) fn same_node(way: i32) -> workload::Extension {
 
 pub(super) fn pod_uid(uid: &str) -> workload::Extension {
     let value = culvert::Pod { uid: uid.to_owned() }.encode_to_vec();
-    workload::Extension { name: "pod".to_owned(), config: Some(Any { type_url: POD_TYPE.to_owned(), value }) }
+    workload::Extension { name: "pod_uid".to_owned(), config: Some(Any { type_url: POD_TYPE.to_owned(), value }) }
 }
 
 pub(super) fn pod_resource(message: workload::Workload) -> Resource {

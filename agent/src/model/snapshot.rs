@@ -34,7 +34,7 @@ pub struct Snapshot {
     endpoints: imbl::OrdMap<Arc<str>, Arc<Endpoints>>,
     members: imbl::OrdMap<Arc<str>, Members>,
     local: imbl::OrdMap<Arc<str>, Arc<Workload>>,
-    /// Those of them that are known by their pods.
+    /// The same by their pods, as far as it is known which these are.
     pods: imbl::OrdMap<Arc<PodUid>, Arc<Workload>>,
     policies: Policies,
     destinations: imbl::OrdMap<(IpAddr, u16), Destination>,
@@ -209,7 +209,7 @@ impl Snapshot {
         self.local.values()
     }
 
-    /// The workload of this node that is this pod, while it has no address to be found by.
+    /// The workload of this node that is this pod.
     #[must_use]
     pub fn pod(&self, uid: &PodUid) -> Option<&Arc<Workload>> {
         self.pods.get(uid)

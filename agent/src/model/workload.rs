@@ -36,7 +36,7 @@ pub struct Workload {
     pub peer_authentication: Arc<PeerAuthentication>,
     /// How it speaks to other pods of its node.
     pub same_node: SameNode,
-    /// Which pod it is, while it has no address to be known by. Only its own node is told.
+    /// Which pod it is. Only its own node is told.
     pub pod: Option<Arc<PodUid>>,
 }
 

@@ -89,8 +89,12 @@ pub(super) fn classify(
     by_address(addresses, phase, snapshot, unknown)
 }
 
-/// Tells what a namespace is whose pod has no address that the controller knows.
+/// Tells what a namespace is whose pod the controller knows.
 fn by_pod(pod: &Arc<Workload>, addresses: &BTreeSet<IpAddr>, phase: &Phase, snapshot: &Snapshot) -> Standing {
+    let own = |address: &IpAddr| snapshot.workload_at(*address).is_some_and(|there| there.uid == pod.uid);
+    if addresses.iter().any(own) {
+        return if pod.enrolled() { Standing::Member(Arc::clone(pod)) } else { Standing::Exempt };
+    }
     if !pod.enrolled() && !pod.host_network && *phase == Phase::Exempt {
         return Standing::Exempt;
     }

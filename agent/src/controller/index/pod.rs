@@ -19,7 +19,7 @@ pub(super) struct PodRecord {
     pub(super) labels: BTreeMap<String, String>,
     pub(super) node: Arc<str>,
     pub(super) addresses: Vec<IpAddr>,
-    /// What the pod's node knows it by while it has no address; none once it has one.
+    /// What the pod's node knows it by.
     pub(super) uid: Option<Box<str>>,
     pub(super) service_account: Arc<str>,
     pub(super) host_network: bool,
@@ -45,7 +45,7 @@ impl PodRecord {
             text.map(String::as_str).filter(|text| !text.is_empty())
         }
         let addresses = addresses(pod);
-        let uid = text(pod.metadata.uid.as_ref()).filter(|_| addresses.is_empty());
+        let uid = text(pod.metadata.uid.as_ref());
         let account = spec.and_then(|spec| text(spec.service_account_name.as_ref()).or(text(spec.service_account.as_ref())));
         Self {
             node: spec.and_then(|spec| text(spec.node_name.as_ref())).unwrap_or_default().into(),

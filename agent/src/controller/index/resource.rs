@@ -42,10 +42,19 @@ pub struct Resource {
     pub addresses: Vec<IpAddr>,
     /// The one node that is told of it; all are if none is named.
     pub node: Option<Arc<str>>,
-    /// Differs when the content does.
+    /// What one node alone is told besides.
+    pub home: Option<Home>,
+    /// Differs when the content does, for whichever node.
     pub version: Arc<str>,
     /// The encoded message.
     pub value: Vec<u8>,
+}
+
+/// A pod as its own node knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Home {
+    node: Arc<str>,
+    uid: Box<str>,
 }
 
 impl Resource {
@@ -53,6 +62,21 @@ impl Resource {
     #[must_use]
     pub fn is_for(&self, node: &str) -> bool {
         self.node.as_deref().is_none_or(|only| only == node)
+    }
+
+    /// The encoded message as an agent of this node is told it.
+    #[must_use]
+    pub fn value_for(&self, node: &str) -> Vec<u8> {
+        match &self.home {
+            Some(home) if *home.node == *node => [&self.value[..], &pod(&home.uid)].concat(),
+            Some(_) | None => self.value.clone(),
+        }
+    }
+
+    /// The workload of a pod of which its node is told the UID.
+    pub(super) fn known_at_home(self, node: &Arc<str>, uid: &str) -> Self {
+        let version = version(&[&self.value, uid.as_bytes()]);
+        Self { home: Some(Home { node: Arc::clone(node), uid: uid.into() }), version, ..self }
     }
 }
 
@@ -90,10 +114,11 @@ pub(super) fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// What names the pod that a workload is.
-pub(super) fn pod(uid: &str) -> Extension {
+/// What names the pod that a workload is: to be merged with the rest of it.
+fn pod(uid: &str) -> Vec<u8> {
     let value = culvert::Pod { uid: uid.to_owned() }.encode_to_vec();
-    Extension { name: "pod".to_owned(), config: Some(Any { type_url: POD_TYPE.to_owned(), value }) }
+    let extension = Extension { name: "pod_uid".to_owned(), config: Some(Any { type_url: POD_TYPE.to_owned(), value }) };
+    address(1, &Workload { extensions: vec![extension], ..Workload::default() }.encode_to_vec())
 }
 
 /// A workload's resource. `base` has neither services nor the extensions that follow from the other arguments yet.
@@ -228,7 +253,12 @@ fn account(from: &model::ServiceAccountMatch) -> security::ServiceAccountMatch {
 }
 
 fn finish(name: Arc<str>, addresses: &[IpAddr], value: Vec<u8>) -> Resource {
-    let hash = digest::digest(&digest::SHA256, &value);
-    let version: String = hash.as_ref().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
-    Resource { name, addresses: addresses.to_vec(), node: None, version: version.into(), value }
+    Resource { name, addresses: addresses.to_vec(), node: None, home: None, version: version(&[&value]), value }
+}
+
+fn version(content: &[&[u8]]) -> Arc<str> {
+    let mut hash = digest::Context::new(&digest::SHA256);
+    content.iter().for_each(|part| hash.update(part));
+    let version: String = hash.finish().as_ref().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+    version.into()
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use prost::Message;
 
-use super::{Index, MeshSettings, ResourceKind, Update};
+use super::{Index, MeshSettings, Resource, ResourceKind, Update};
 use crate::controller::source::manifests::objects;
 use crate::controller::source::{Change, Kind, ObjectKey};
 use crate::model::SameNode;
@@ -33,7 +33,7 @@ pub(in crate::controller) fn settings(trust_domain: &str) -> MeshSettings {
 /// An index, and what it has said so far.
 pub(in crate::controller) struct World {
     index: Index,
-    pub(in crate::controller) resources: BTreeMap<(ResourceKind, String), Vec<u8>>,
+    pub(in crate::controller) resources: BTreeMap<(ResourceKind, String), Resource>,
     warnings: Vec<String>,
     update: Update,
 }
@@ -75,15 +75,15 @@ impl World {
         for (kind, name, resource) in &self.update.resources {
             let key = (*kind, name.to_string());
             match resource {
-                Some(resource) => drop(self.resources.insert(key, resource.value.clone())),
+                Some(resource) => drop(self.resources.insert(key, resource.clone())),
                 None => drop(self.resources.remove(&key)),
             }
         }
     }
 
     fn find_pod(&self, namespace: &str, name: &str) -> Option<Workload> {
-        let value = self.resources.get(&(ResourceKind::Address, format!("Kubernetes//Pod/{namespace}/{name}")))?;
-        match Address::decode(value.as_slice()).unwrap().r#type.unwrap() {
+        let resource = self.resources.get(&(ResourceKind::Address, format!("Kubernetes//Pod/{namespace}/{name}")))?;
+        match Address::decode(&*resource.value).unwrap().r#type.unwrap() {
             address::Type::Workload(workload) => Some(workload),
             address::Type::Service(_) => panic!("a pod's key names a service"),
         }
@@ -95,8 +95,8 @@ impl World {
     }
 
     fn find_service(&self, name: &str) -> Option<Service> {
-        let value = self.resources.get(&(ResourceKind::Address, format!("shop/{name}.shop.svc.cluster.local")))?;
-        match Address::decode(value.as_slice()).unwrap().r#type.unwrap() {
+        let resource = self.resources.get(&(ResourceKind::Address, format!("shop/{name}.shop.svc.cluster.local")))?;
+        match Address::decode(&*resource.value).unwrap().r#type.unwrap() {
             address::Type::Service(service) => Some(service),
             address::Type::Workload(_) => panic!("a service's key names a pod"),
         }
@@ -213,7 +213,7 @@ fn the_mesh_has_the_ranges_of_its_nodes_once_each() {
     let mut world = World::new(&(node("a", "podCIDR: 10.1.0.9/24") + &node("b", "podCIDRs: [10.1.0.0/24, 'fd00::/64']")));
     let ranges = |world: &World| {
         let value = &world.resources[&(ResourceKind::Mesh, "mesh".to_owned())];
-        crate::proto::culvert::Mesh::decode(value.as_slice()).unwrap().cluster_ranges
+        crate::proto::culvert::Mesh::decode(&*value.value).unwrap().cluster_ranges
     };
     assert_eq!(ranges(&world), ["10.1.0.0/24", "fd00::/64"]);
     world.remove(Kind::Node, "", "b");

@@ -13,9 +13,9 @@ use crate::proto::culvert::Mesh;
 use crate::proto::workload::{NetworkMode, Port, TunnelProtocol, Workload, WorkloadStatus};
 
 impl Index {
-    /// The workload of a pod; none when there is no such pod, it has no address any more, or an older pod has its address. Of one that
-    /// has no address yet its node is told, and nobody else: by its UID, or if it will be in the mesh, so that the node knows whom to
-    /// expect. Whether it is in the mesh may be its namespace's to say: nothing is said of it before that is known.
+    /// The workload of a pod; none when there is no such pod, it has no address any more, or an older pod has its address. Its node is told
+    /// its UID, and nobody else: a sandbox that is made anew may have another's address. Of one that has no address yet its node alone is
+    /// told at all: by its UID, or if it will be in the mesh, so that the node knows whom to expect. Whether it is in the mesh may be its namespace's to say: nothing is said of it before that is known.
     pub(super) fn workload(&self, name: &ObjectName) -> Option<Resource> {
         let pod = self.pods.get(name)?;
         if !pod.live || pod.claimed().iter().any(|address| self.owner(*address) != Some(name)) {
@@ -55,11 +55,15 @@ impl Index {
             hostname: String::new(),
             services: [].into(),
             network_mode: if pod.host_network { NetworkMode::HostNetwork } else { NetworkMode::Standard }.into(),
-            extensions: pod.uid.as_deref().map(resource::pod).into_iter().collect(),
+            extensions: Vec::new(),
         };
         let modes = self.policies.modes(&name.namespace, &pod.labels);
         let way = if enrolled { self.same_node(name, pod) } else { SameNode::default() };
         let resource = resource::workload(resource::uid(name), pod.claimed(), wire, &services, &modes, way);
+        let resource = match &pod.uid {
+            Some(uid) if !pod.host_network => resource.known_at_home(&pod.node, uid),
+            Some(_) | None => resource,
+        };
         Some(Resource { node: (!placed).then(|| Arc::clone(&pod.node)), ..resource })
     }
 

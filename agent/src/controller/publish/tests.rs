@@ -9,6 +9,7 @@ fn resource(name: &str, version: &str, address: &str) -> Resource {
         name: name.into(),
         addresses: vec![address.parse().unwrap()],
         node: None,
+        home: None,
         version: version.into(),
         value: version.as_bytes().to_vec(),
     }

@@ -222,7 +222,7 @@ impl Conversation {
                 match items.next() {
                     Some(Item::Present(resource, asked)) => {
                         bytes += resource.name.len() + resource.value.len() + RESOURCE_BYTES;
-                        response.resources.push(wire(type_url, &resource, asked));
+                        response.resources.push(wire(type_url, &resource, &self.node, asked));
                     }
                     Some(Item::Absent(name)) => {
                         bytes += name.len();
@@ -267,12 +267,12 @@ fn too_many(_: TooManyNames) -> Status {
     Status::resource_exhausted(format!("more than {MAX_NAMES} names: subscribe to `*` instead"))
 }
 
-fn wire(type_url: &str, resource: &Resource, asked: Option<String>) -> WireResource {
+fn wire(type_url: &str, resource: &Resource, node: &str, asked: Option<String>) -> WireResource {
     let mut aliases: Vec<_> = resource.addresses.iter().map(|address| format!("/{address}")).collect();
     aliases.extend(asked.filter(|asked| !aliases.contains(asked)));
     WireResource {
         version: resource.version.to_string(),
-        resource: Some(Any { type_url: type_url.to_owned(), value: resource.value.clone() }),
+        resource: Some(Any { type_url: type_url.to_owned(), value: resource.value_for(node) }),
         name: resource.name.to_string(),
         aliases,
     }

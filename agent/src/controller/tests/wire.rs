@@ -8,8 +8,8 @@ use std::fmt::Write as _;
 use prost::Message;
 use prost_types::{Any, Struct, Value, value::Kind};
 
-use crate::controller::index::ResourceKind;
 use crate::controller::index::tests::World;
+use crate::controller::index::{self, ResourceKind};
 use crate::proto::ca::{IstioCertificateRequest, IstioCertificateResponse, istio_certificate_service_server};
 use crate::proto::discovery::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status, aggregated_discovery_service_server,
@@ -55,7 +55,7 @@ spec:
 /// The value of the resource of this name.
 fn resource(kind: ResourceKind, name: &str) -> Vec<u8> {
     let mut world = World::of("example.org", SHOP);
-    world.resources.remove(&(kind, name.to_owned())).unwrap_or_else(|| panic!("no {name}"))
+    world.resources.remove(&(kind, name.to_owned())).unwrap_or_else(|| panic!("no {name}")).value
 }
 
 /// Field numbers and values, one a line, messages indented. Which fields are messages is said by their paths.
@@ -138,29 +138,28 @@ fn a_workload_has_the_published_numbers() {
 }
 
 #[test]
-fn a_pod_without_an_address_has_its_uid() {
-    let unplaced =
-        SHOP.replace("podIP: 10.1.0.2, ", "").replace("  name: web-7d4f-x2", "  uid: 37182395-691d\n  name: web-7d4f-x2");
-    let value = World::of("example.org", &unplaced).resources
-        [&(ResourceKind::Address, "Kubernetes//Pod/shop/web-7d4f-x2".to_owned())]
-        .clone();
-    let text = dump(&value, &["1", "1.26", "1.26.2", "1.26.2.2"]);
+fn a_pod_has_its_uid_where_it_runs() {
+    let key = (ResourceKind::Address, "Kubernetes//Pod/shop/web-7d4f-x2".to_owned());
+    let placed = SHOP.replace("  name: web-7d4f-x2", "  uid: 37182395-691d\n  name: web-7d4f-x2");
+    let unplaced = placed.replace("podIP: 10.1.0.2, ", "");
+    let [placed, unplaced] =
+        [placed, unplaced].map(|objects| World::of("example.org", &objects).resources.remove(&key).expect("a pod"));
     let extension = [
         "1.26",
-        "1.26.1: \"pod\"",
+        "1.26.1: \"pod_uid\"",
         "1.26.2",
         "1.26.2.1: \"type.googleapis.com/culvert.v1.Pod\"",
         "1.26.2.2",
         "1.26.2.2.1: \"37182395-691d\"",
     ];
-    assert!(text.contains(&extension.join("\n")), "{text}");
-    assert!(!text.contains("1.3:"), "it has no address: {text}");
-    // With an address it is known by that.
-    let placed = SHOP.replace("  name: web-7d4f-x2", "  uid: 37182395-691d\n  name: web-7d4f-x2");
-    let value = World::of("example.org", &placed).resources
-        [&(ResourceKind::Address, "Kubernetes//Pod/shop/web-7d4f-x2".to_owned())]
-        .clone();
-    assert_eq!(value, resource(ResourceKind::Address, "Kubernetes//Pod/shop/web-7d4f-x2"));
+    let text = |resource: &index::Resource| dump(&resource.value_for("node-a"), &["1", "1.26", "1.26.2", "1.26.2.2"]);
+    assert!(text(&placed).ends_with(&(extension.join("\n") + "\n")), "{}", text(&placed));
+    assert!(
+        text(&unplaced).ends_with(&(extension.join("\n") + "\n")) && !text(&unplaced).contains("1.3:"),
+        "{}",
+        text(&unplaced)
+    );
+    assert_eq!(placed.value_for("node-b"), resource(key.0, &key.1));
 }
 
 #[test]

@@ -10,8 +10,8 @@ use crate::proto::{PEER_AUTHENTICATION_TYPE, POD_TYPE, SAME_NODE_TYPE, culvert, 
 const PEER_AUTHENTICATION_EXTENSION: &str = "peer_authentication";
 /// The name of the extension that says how a workload speaks to pods of its node.
 const SAME_NODE_EXTENSION: &str = "same_node";
-/// The name of the extension that says which pod a workload without an address is.
-const POD_EXTENSION: &str = "pod";
+/// The name of the extension that says which pod a workload of this node is.
+const POD_EXTENSION: &str = "pod_uid";
 
 impl At<'_> {
     /// What the workload's ports accept.

@@ -97,8 +97,8 @@ fn each_bad_field_of_a_pod_is_named() {
     check("extensions[peer_authentication].type_url", &|pod| {
         pod.extensions = vec![workload::Extension { config: Some(Any::default()), ..modes(0, &[]) }];
     });
-    check("extensions[pod].uid", &|pod| pod.extensions = vec![pod_uid("")]);
-    check("extensions[pod]", &|pod| pod.extensions = vec![workload::Extension { config: None, ..pod_uid("uid") }]);
+    check("extensions[pod_uid].uid", &|pod| pod.extensions = vec![pod_uid("")]);
+    check("extensions[pod_uid]", &|pod| pod.extensions = vec![workload::Extension { config: None, ..pod_uid("uid") }]);
     check("extensions[same_node].way", &|pod| pod.extensions = vec![same_node(2)]);
     check("extensions[same_node]", &|pod| pod.extensions = vec![workload::Extension { config: None, ..same_node(1) }]);
     check("extensions[same_node].type_url", &|pod| {
@@ -119,7 +119,7 @@ fn the_way_to_pods_of_its_node_is_the_kernel_unless_the_pod_says_otherwise() {
 }
 
 #[test]
-fn a_pod_without_an_address_is_known_by_its_uid() {
+fn a_pod_of_the_node_is_known_by_its_uid() {
     let message = workload::Workload { extensions: vec![pod_uid("uid-of-a")], addresses: Vec::new(), ..pod("a", [10, 0, 0, 1]) };
     let Ok(Decoded::Workload { workload, .. }) = decode_address(&pod_resource(message)) else { panic!("a legal pod") };
     assert_eq!(workload.pod.as_deref(), Some(&"uid-of-a".into()));

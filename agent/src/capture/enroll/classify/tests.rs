@@ -219,6 +219,33 @@ fn a_pod_at_an_address_that_the_controller_knows_as_anothers_stays_closed() {
     assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.1"], &of_a_service, None), Step::Stay);
 }
 
+/// The pod `UID`, by the API's word, at the address that it has told.
+fn placed(name: &str, address: &str) -> Workload {
+    Workload { pod: Some(Arc::new(UID.into())), ..workload(name, &[address]) }
+}
+
+#[test]
+fn a_sandbox_that_is_made_anew_is_its_own_pod_whatever_the_api_still_says_of_its_address() {
+    let outside = |pod: Workload| Workload { protocol: TunnelProtocol::None, ..pod };
+    let own = placed("a", "10.0.0.1");
+    for other in [workload("b", &["10.0.0.2"]), outside(workload("b", &["10.0.0.2"]))] {
+        let stale = snapshot(|edit| [own.clone(), other.clone()].into_iter().for_each(|pod| edit.upsert_workload(pod)));
+        assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.1"], &stale, None), Step::Enrol(Arc::new(own.clone())));
+        for phase in [Phase::Pending, Phase::Inherited] {
+            assert_eq!(step_of_pod(&phase, &["10.0.0.2"], &stale, None), Step::Stay, "it is not the pod that had the address");
+        }
+        for phase in [Phase::Exempt, enrolled(&other)] {
+            assert_eq!(step_of_pod(&phase, &["10.0.0.2"], &stale, None), Step::Close, "nor if it was taken for that");
+        }
+        let new = Step::Enrol(Arc::new(placed("a", "10.0.0.3")));
+        assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.3"], &stale, None), new, "a new address is its own");
+    }
+    let stranger = outside(own.clone());
+    let stale = snapshot(|edit| [stranger, workload("b", &["10.0.0.2"])].into_iter().for_each(|pod| edit.upsert_workload(pod)));
+    assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.1"], &stale, None), Step::Exempt);
+    assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.2"], &stale, None), Step::Stay, "who is outside gets no identity by it");
+}
+
 #[test]
 fn a_namespace_whose_pod_was_known_never_becomes_another_by_its_address() {
     let old = snapshot(|edit| edit.upsert_workload(workload("old", &["10.0.0.1"])));

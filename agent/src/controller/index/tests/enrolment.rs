@@ -1,7 +1,11 @@
+use prost::Message as _;
+
 use super::{World, pod, pod_with, settings};
-use crate::controller::index::MeshSettings;
+use crate::controller::index::{MeshSettings, Resource};
 use crate::controller::source::Kind;
 use crate::model::SpiffeId;
+use crate::proto::culvert;
+use crate::proto::workload::{Address, TunnelProtocol, address};
 
 fn namespace(labels: &str) -> String {
     format!("---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: shop, labels: {{{labels}}}}}\n")
@@ -87,6 +91,27 @@ fn a_pod_without_an_address_is_told_of_by_its_uid_or_if_it_will_be_in_the_mesh()
     }
     assert!(awaited("", "uid: a37182395, ", "nodeName: node-a, "), "its namespace need not wait");
     assert!(!awaited("", "", "nodeName: node-a, "), "nobody could tell which it is");
+}
+
+#[test]
+fn the_uid_of_a_pod_is_told_to_its_node_alone() {
+    let resource = |uid: &str, spec: &str| {
+        let world =
+            World::new(&pod_with("web", "10.1.0.2", &format!(", uid: {uid}, labels: {{culvert.dev/mesh: enabled}}"), spec, ""));
+        let mut resources = world.update.resources.into_iter();
+        resources.find_map(|(_, name, resource)| resource.filter(|_| name.ends_with("/web"))).expect("the pod is told of")
+    };
+    let pods_at = |resource: &Resource, node: &str| -> Vec<String> {
+        let Ok(Address { r#type: Some(address::Type::Workload(workload)) }) = Address::decode(&*resource.value_for(node)) else {
+            panic!("a workload")
+        };
+        assert_eq!((&*workload.name, workload.tunnel_protocol()), ("web", TunnelProtocol::Hbone), "all else is told to all");
+        let named = workload.extensions.into_iter().filter(|extension| extension.name == "pod_uid");
+        named.map(|extension| culvert::Pod::decode(&*extension.config.expect("a message").value).expect("a pod").uid).collect()
+    };
+    let first = resource("a37182395", "");
+    assert_eq!((pods_at(&first, "node-a"), pods_at(&first, "node-b")), (vec!["a37182395".to_owned()], vec![]));
+    assert_ne!(first.version, resource("b37182395", "").version, "another pod of its name");
 }
 
 #[test]

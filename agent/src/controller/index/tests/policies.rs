@@ -52,7 +52,7 @@ fn a_policy_is_published_with_its_scope_and_removed() {
     let mut world = World::new(&(policy("istio-system", "mesh", "") + &policy("shop", "own", "action: DENY")));
     let scope = |world: &World, name: &str| {
         let value = world.resources.get(&(ResourceKind::Authorization, name.to_owned()))?;
-        Some(Authorization::decode(value.as_slice()).unwrap().scope())
+        Some(Authorization::decode(&*value.value).unwrap().scope())
     };
     assert_eq!(scope(&world, "istio-system/mesh"), Some(Scope::Global));
     assert_eq!(scope(&world, "shop/own"), Some(Scope::Namespace));

@@ -149,7 +149,7 @@ fn one_port_on_each_side_needs_no_common_name() {
 fn an_endpoint_that_is_no_pod_is_a_workload_without_tunnels_until_a_pod_has_its_address() {
     let key = (ResourceKind::Address, "Kubernetes//EndpointSlice/shop/web/10.1.0.9".to_owned());
     let found = |world: &World| {
-        let address = Address::decode(world.resources.get(&key)?.as_slice()).unwrap();
+        let address = Address::decode(&*world.resources.get(&key)?.value).unwrap();
         match address.r#type.unwrap() {
             address::Type::Workload(workload) => Some(workload),
             address::Type::Service(_) => panic!("a workload"),
