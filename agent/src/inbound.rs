@@ -12,7 +12,10 @@
 use std::collections::HashMap;
 use std::fmt::Display;
 use std::future::Future;
+use std::io;
+use std::iter::repeat_with;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -31,6 +34,7 @@ use crate::limits::{Antechamber, Share, Shares};
 use crate::model::{CloseReason, Flow, Mode, PeerAddr, Snapshot, SpiffeId, Verdict, Workload};
 use crate::observe::{ConnectionInfo, CountedTunnel, Direction, Observer, OpenConnection, Security, Side};
 use crate::open_connections::{OpenConnections, Registered};
+use crate::order::{Arrival, Arrivals, Departures, Turn};
 use crate::policy::evaluate::{evaluate, judge};
 use crate::policy::explain::explain;
 use crate::relay::{Sink, Source, relay, tcp};
@@ -49,14 +53,22 @@ const IDENTITY_DEADLINE: Duration = Duration::from_secs(5);
 const STRANGERS: usize = 1024;
 /// Why a peer's tunnel or stream is refused that leaves too little to others.
 const GREEDY: &str = "this identity holds as many of the agent's connections as are left for all others";
-/// Linux's default range of source ports.
-const SOURCE_PORTS: std::ops::Range<u16> = 32_768..61_000;
+/// From where deliveries have their source ports, as long as there is room: above Linux's default range, from which clients have theirs. A
+/// client's SYN with the source port of a delivery would reach the application's end of that, and nobody would answer the client.
+const SOURCE_PORTS: Range<u16> = 61_000..u16::MAX;
+/// Linux's default range.
+const CLIENTS_PORTS: Range<u16> = 32_768..61_000;
+/// How many ports of the first range are tried, and then of the second.
+const TRIES: [usize; 2] = [4, 8];
 
 /// The destination's side of a node.
 pub struct Inbound {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     svids: SvidStore,
     open: Arc<OpenConnections>,
+    /// The plaintext connections that are to be let in.
+    departures: Arc<Departures>,
+    arrivals: Arrivals,
     same_node: Arc<SameNode>,
     observer: Observer,
     drain: Drain,
@@ -101,8 +113,22 @@ impl Inbound {
     ) -> Arc<Self> {
         let open = Arc::new(OpenConnections::default());
         let strangers = Antechamber::new(STRANGERS);
+        let (departures, arrivals) = (Arc::default(), Arrivals::default());
         let (server_configs, peers) = (Mutex::default(), Shares::new());
-        Arc::new(Self { snapshots, svids, open, same_node, observer, drain, form, server_configs, strangers, peers })
+        Arc::new(Self {
+            snapshots,
+            svids,
+            open,
+            departures,
+            arrivals,
+            same_node,
+            observer,
+            drain,
+            form,
+            server_configs,
+            strangers,
+            peers,
+        })
     }
 
     /// Serves the tunnels that peers open to `pod`, until the pod leaves the mesh or the agent stops.
@@ -114,7 +140,10 @@ impl Inbound {
 
     /// Serves the plaintext connections to `pod` that the kernel would not rule on alone.
     pub async fn serve_plaintext(self: Arc<Self>, pod: Arc<LocalPod>, listener: Listener, permits: Permits) {
-        let handle = |accepted| Arc::clone(&self).plaintext(Arc::clone(&pod), accepted);
+        let handle = |accepted: Accepted| {
+            let turn = self.departures.enter(accepted.peer, accepted.local);
+            Arc::clone(&self).plaintext(Arc::clone(&pod), Box::new((accepted, turn)))
+        };
         let overloaded = |accepted: &Accepted, full| self.overloaded(&pod, accepted, full);
         serve(listener, Arc::clone(&pod), self.drain.clone(), permits, handle, overloaded).await;
     }
@@ -262,18 +291,16 @@ impl Inbound {
         Ok((config, roots))
     }
 
-    async fn plaintext(self: Arc<Self>, pod: Arc<LocalPod>, accepted: Accepted) {
+    async fn plaintext(self: Arc<Self>, pod: Arc<LocalPod>, accepted: Box<(Accepted, Turn)>) {
         let Some((stream, far, carried)) = Box::pin(self.let_in(&pod, accepted)).await else { return };
         let (mut source, mut sink) = tcp::split(stream);
         relay_inbound((&mut source, &mut sink), far, carried).await;
     }
 
     /// Connects a plaintext connection to the application; one that is refused is reset, counted and logged.
-    async fn let_in(
-        &self,
-        pod: &LocalPod,
-        Accepted { stream, peer: source, local }: Accepted,
-    ) -> Option<(TcpStream, TcpStream, Carried)> {
+    async fn let_in(&self, pod: &LocalPod, accepted: Box<(Accepted, Turn)>) -> Option<(TcpStream, TcpStream, Carried)> {
+        let (Accepted { stream, peer: source, local }, turn) = *accepted;
+        turn.leads_to(Some(local));
         let mut info = ConnectionInfo {
             source: self.snapshots.borrow().workload_at(source.ip()).cloned(),
             destination: Some(pod.workload()),
@@ -292,7 +319,10 @@ impl Inbound {
             let detail = "connections between these pods of one node are to be encrypted by now".to_owned();
             Err(Refusal { reason: CloseReason::PlaintextRefused, detail })
         } else {
-            self.deliver_in_the_clear(pod, &flow).await
+            {
+                let arrival = self.arrivals.arriving(source, local);
+                self.deliver(pod, &flow, (arrival, turn.depart().await)).await
+            }
         };
         match opened {
             Ok(far) => Some((stream, far, Carried { open: self.observer.open(info), registered })),
@@ -304,25 +334,28 @@ impl Inbound {
         }
     }
 
-    /// Asks mode and policy, and connects to the application for a peer's stream.
-    async fn deliver(&self, pod: &LocalPod, flow: &Flow) -> Result<TcpStream, Refusal> {
-        self.permit(&pod.workload(), flow)?;
-        let socket = delivery_socket(pod, flow)?;
-        Ok(connect::connect(socket, flow.source.ip(), None, flow.destination, DELIVERY_MARK).await?)
-    }
-
-    /// The same for a connection that came without a tunnel, beside which the kernel must be able to tell the delivery.
-    async fn deliver_in_the_clear(&self, pod: &LocalPod, flow: &Flow) -> Result<TcpStream, Refusal> {
+    /// Asks mode and policy, and connects to the application, once the connection from the source port `after` is there.
+    async fn deliver(
+        &self,
+        pod: &LocalPod,
+        flow: &Flow,
+        (arrival, after): (Arrival<'_>, Option<u16>),
+    ) -> Result<TcpStream, Refusal> {
+        arrival.after(after).await;
         let workload = pod.workload();
         self.permit(&workload, flow)?;
-        let client = flow.source.ip();
-        let mut refused = DeliverError::Socket { destination: flow.destination, source: std::io::ErrorKind::AddrInUse.into() };
-        for _ in 0..8 {
-            let port = rand::rng().random_range(SOURCE_PORTS);
-            if self.open.holds_plaintext(&workload.uid, SocketAddr::new(client, port), flow.destination) {
+        let port = |range: Range<u16>| move || rand::rng().random_range(range.clone());
+        let above = repeat_with(port(SOURCE_PORTS)).take(TRIES[0]);
+        // At last the kernel looks for one itself.
+        let ports = above.chain(repeat_with(port(CLIENTS_PORTS)).take(TRIES[1])).chain([0]);
+        let mut refused = DeliverError::Socket { destination: flow.destination, source: io::ErrorKind::AddrInUse.into() };
+        for port in ports {
+            let source = SocketAddr::new(flow.source.ip(), port);
+            // The kernel could not tell the two apart.
+            if self.open.holds_plaintext(&workload.uid, source, flow.destination) {
                 continue;
             }
-            match connect::connect(delivery_socket(pod, flow)?, client, Some(port), flow.destination, DELIVERY_MARK).await {
+            match connect::connect(delivery_socket(pod, flow)?, source, flow.destination, DELIVERY_MARK).await {
                 // The port is in use by another connection.
                 Err(error @ DeliverError::Socket { .. }) => refused = error,
                 answer => return Ok(answer?),

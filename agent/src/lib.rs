@@ -16,6 +16,7 @@
 //! | [`outbound`], [`inbound`] | the two sides of a connection |
 //! | [`same_node`] | connections between pods of the node that stay in the kernel |
 //! | [`serve`], [`open_connections`], [`drain`], [`limits`] | accepting, calling off, ending and bounding connections |
+//! | [`order`] | connections arrive in the order in which they were made |
 //! | [`deliver`] | connections that the agent opens from inside a pod |
 //! | [`tunnel`] | TLS, secure naming, the two forms of tunnel, the pool |
 //! | [`relay`] | the two-way copy |
@@ -48,6 +49,7 @@ pub mod model;
 pub mod node;
 pub mod observe;
 pub mod open_connections;
+pub mod order;
 pub mod outbound;
 pub mod policy;
 pub mod proto;

@@ -28,6 +28,7 @@ use crate::identity::{SvidError, SvidStore};
 use crate::model::{CloseReason, Flow, OriginalDst, PeerAddr, Snapshot, SpiffeId, Workload};
 use crate::observe::{ConnectionInfo, Direction, Observer, OpenConnection, Security, Side};
 use crate::open_connections::{OpenConnections, Registered};
+use crate::order::{Departures, Turn};
 use crate::relay::tcp::{TcpSink, TcpSource};
 use crate::relay::{Sink, Source, relay, tcp};
 use crate::same_node::SameNode;
@@ -57,10 +58,18 @@ pub struct Outbound {
     pool: Pool<TunnelKey, dial::Setup>,
     robin: RoundRobin,
     open: Arc<OpenConnections>,
+    departures: Arc<Departures>,
     same_node: Arc<SameNode>,
     observer: Observer,
     drain: Drain,
     form: TunnelForm,
+}
+
+/// A connection that a pod has made.
+struct Captured {
+    accepted: Accepted,
+    /// What was dialled, and the connection's place among those that dialled the same; none when that is not on file.
+    original_dst: Option<(OriginalDst, Turn)>,
 }
 
 /// Who speaks to whom, under which certificate, and who is believed.
@@ -119,13 +128,13 @@ impl Outbound {
         form: TunnelForm,
     ) -> Arc<Self> {
         let snapshots = discovery.snapshots();
-        let (pool, robin, open) = (Pool::new(), RoundRobin::default(), Arc::default());
-        Arc::new(Self { maps, discovery, snapshots, svids, pool, robin, open, same_node, observer, drain, form })
+        let (pool, robin, open, departures) = (Pool::new(), RoundRobin::default(), Arc::default(), Arc::default());
+        Arc::new(Self { maps, discovery, snapshots, svids, pool, robin, open, departures, same_node, observer, drain, form })
     }
 
     /// Carries the connections that `pod` makes, until the pod leaves the mesh or the agent stops.
     pub async fn serve(self: Arc<Self>, pod: Arc<LocalPod>, listener: Listener, permits: Permits) {
-        let handle = |accepted| Arc::clone(&self).carry(Arc::clone(&pod), accepted);
+        let handle = |accepted| Arc::clone(&self).carry(Arc::clone(&pod), Box::new(self.captured(accepted)));
         let overloaded = |accepted: &Accepted, full: Full| {
             let info = ConnectionInfo { source: Some(pod.workload()), ..describe(accepted.peer, accepted.local) };
             self.observer.fail(&info, CloseReason::Overloaded, &full);
@@ -155,9 +164,16 @@ impl Outbound {
         self.pool.retire(|key| key.source_pod == uid);
     }
 
-    async fn carry(self: Arc<Self>, pod: Arc<LocalPod>, accepted: Accepted) {
+    /// Looks up what a connection has dialled. To be called in the order in which connections came.
+    fn captured(&self, accepted: Accepted) -> Captured {
+        let dialled = self.maps.original_dst(accepted.peer);
+        let original_dst = dialled.map(|dialled| (dialled, self.departures.enter(accepted.peer, dialled.0)));
+        Captured { accepted, original_dst }
+    }
+
+    async fn carry(self: Arc<Self>, pod: Arc<LocalPod>, captured: Box<Captured>) {
         // What it takes to find and open the way is long gone while bytes move.
-        let Some((near, far, carried)) = Box::pin(self.connect(&pod, accepted)).await else { return };
+        let Some((near, far, carried)) = Box::pin(self.connect(&pod, captured)).await else { return };
         match far {
             Opened::Tunnel(Stream::Single(mut far, home)) => {
                 relay_outbound(near, (&mut far.source, &mut far.sink), carried).await;
@@ -172,12 +188,12 @@ impl Outbound {
     }
 
     /// Opens the way that a captured connection takes; one that has none is reset, counted and logged.
-    async fn connect(&self, pod: &LocalPod, accepted: Accepted) -> Option<((TcpSource, TcpSink), Opened, Carried)> {
-        let Accepted { stream, peer: source, local } = accepted;
+    async fn connect(&self, pod: &LocalPod, captured: Box<Captured>) -> Option<((TcpSource, TcpSink), Opened, Carried)> {
+        let Captured { accepted: Accepted { stream, peer: source, local }, original_dst } = *captured;
         // Dropped, it resets the connection.
         let mut near = tcp::split(stream);
         let workload = pod.workload();
-        let Some(original_dst) = self.maps.original_dst(source) else {
+        let Some((original_dst, turn)) = original_dst else {
             let info = ConnectionInfo { source: Some(workload), ..describe(source, local) };
             let detail = "its original destination is not on file: it was not captured here, or the table overflowed";
             self.observer.fail(&info, CloseReason::NoOriginalDst, &detail);
@@ -191,8 +207,10 @@ impl Outbound {
         let opened = match self.route(&workload, original_dst).await {
             Ok(route) => {
                 route.tell(&workload, &mut info);
-                let opened = self.open(pod, &workload, &route, source, &mut near.0).await;
+                let opened = self.open(pod, &workload, &route, (source, &turn), &mut near.0).await;
+                // In the kernel others would overtake those that are on their way.
                 if opened.is_ok()
+                    && turn.is_last()
                     && let Route::Tunnel { target, service: None, .. } = &route
                 {
                     self.same_node.consider(pod, source, *target);
@@ -238,14 +256,17 @@ impl Outbound {
         pod: &LocalPod,
         source: &Workload,
         route: &Route,
-        client: SocketAddr,
+        (client, turn): (SocketAddr, &Turn),
         near: &mut TcpSource,
     ) -> Result<Opened, Failure> {
         match route {
             Route::Tunnel { workload, target, .. } => {
-                Ok(Opened::Tunnel(self.open_stream(pod, source, workload, &Open::new(client, *target), near).await?))
+                turn.leads_to(Some(*target));
+                let open = Open::new(client, *target);
+                Ok(Opened::Tunnel(self.open_stream(pod, source, workload, (&open, turn), near).await?))
             }
             Route::Local { target, .. } | Route::Passthrough { target, .. } => {
+                turn.leads_to(None);
                 let socket = pod_socket(pod, *target).map_err(|source| DeliverError::Socket { destination: *target, source })?;
                 Ok(Opened::Plain(passthrough::connect(socket, *target).await?))
             }
@@ -258,7 +279,7 @@ impl Outbound {
         pod: &LocalPod,
         source: &Workload,
         destination: &Workload,
-        open: &Open,
+        (open, turn): (&Open, &Turn),
         near: &mut TcpSource,
     ) -> Result<Stream, Failure> {
         let svid = self.svids.wait(&source.identity, IDENTITY_DEADLINE).await?;
@@ -283,7 +304,8 @@ impl Outbound {
             self.observer.metrics().handshake(Side::Client, result, started.elapsed());
             made
         };
-        match timeout(OPEN_DEADLINE, self.pool.open(&key, open, near, setup, dial)).await {
+        let wish = || async { Open { after: turn.depart().await, ..open.clone() } };
+        match timeout(OPEN_DEADLINE, self.pool.open(&key, wish, near, setup, dial)).await {
             Ok(opened) => Ok(opened?),
             Err(_elapsed) => Err(Failure::new(
                 CloseReason::DestinationUnreachable,

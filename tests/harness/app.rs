@@ -12,7 +12,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use crate::{Mesh, Namespace, Pod, PodSpec, eventually};
 
 /// How long an application waits for bytes.
-const PATIENCE: Duration = Duration::from_secs(8);
+pub const PATIENCE: Duration = Duration::from_secs(8);
 
 /// What a client saw of its conversation with an [`echo`] server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,7 +92,12 @@ pub fn reporting<T: Send + 'static>(
     reports
 }
 
-fn listener(port: u16) -> TcpListener {
+/// Listens on both families, in the namespace of this thread.
+///
+/// # Panics
+/// When the port is taken.
+#[must_use]
+pub fn listener(port: u16) -> TcpListener {
     let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)).expect("a socket");
     socket.set_reuse_address(true).expect("an option");
     socket.set_only_v6(false).expect("an option");

@@ -34,6 +34,7 @@ mod first_moment;
 mod issuance;
 mod limits;
 mod modes;
+mod order;
 mod outage;
 mod programs;
 mod readiness;

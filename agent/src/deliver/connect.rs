@@ -5,7 +5,7 @@
 #![expect(unsafe_code, reason = "two socket options have no safe wrapper")]
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 
 use socket2::Socket;
@@ -13,21 +13,14 @@ use tokio::net::TcpStream;
 
 use super::{DeliverError, connect_socket};
 
-/// Connects `socket`, made in the pod's namespace, to `destination`, an address of the pod's, with `client` as source address. The
-/// source port is the kernel's choice, or `port`. The pod itself as client leaves the source to the kernel; a client of another family
-/// than the destination is refused by it.
+/// Connects `socket`, made in the pod's namespace, to `destination`, an address of the pod's, from `source`. The pod itself as client
+/// leaves the source to the kernel, and the port 0 the port; a client of another family than the destination is refused by it.
 ///
 /// # Errors
-/// [`DeliverError::Refused`] when the application does not listen; [`DeliverError::Unreachable`]; [`DeliverError::Socket`].
-pub async fn connect(
-    socket: Socket,
-    client: IpAddr,
-    port: Option<u16>,
-    destination: SocketAddr,
-    mark: u32,
-) -> Result<TcpStream, DeliverError> {
-    if client != destination.ip() {
-        let source = SocketAddr::new(client, port.unwrap_or(0));
+/// [`DeliverError::Refused`] when the application does not listen; [`DeliverError::Unreachable`]; [`DeliverError::Socket`], also when
+/// another connection to `destination` has that source.
+pub async fn connect(socket: Socket, source: SocketAddr, destination: SocketAddr, mark: u32) -> Result<TcpStream, DeliverError> {
+    if source.ip() != destination.ip() {
         bind_as(&socket, source, mark).map_err(|source| DeliverError::Socket { destination, source })?;
     }
     connect_socket(socket, destination).await
@@ -35,7 +28,7 @@ pub async fn connect(
 
 fn bind_as(socket: &Socket, source: SocketAddr, mark: u32) -> io::Result<()> {
     socket.set_mark(mark)?;
-    // Said so, the kernel takes the port of a connection in TIME_WAIT again within the pod (`tcp_tw_reuse` 2, the default): a client that
+    // Said so, the kernel chooses the port of a connection in TIME_WAIT again within the pod (`tcp_tw_reuse` 2, the default): a client that
     // closes first would run out of them after 28,000 connections a minute.
     socket.bind_device(Some(b"lo"))?;
     if source.is_ipv4() {
@@ -47,6 +40,9 @@ fn bind_as(socket: &Socket, source: SocketAddr, mark: u32) -> io::Result<()> {
         // Otherwise bind() itself searches for a port that is free towards every destination, ever longer as connections in TIME_WAIT
         // pile up.
         set(socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT)?;
+    } else {
+        // Others with the same source, to other destinations or in TIME_WAIT, are not in the way.
+        socket.set_reuse_address(true)?;
     }
     socket.bind(&source.into())
 }

@@ -44,6 +44,13 @@ pub(super) struct Peer {
     pub(super) roots: Arc<str>,
 }
 
+impl Peer {
+    /// The peer with the source port that one of its streams has. Only the port is taken from what it says; the address is its tunnel's.
+    fn at_port(self, port: u16) -> Self {
+        Self { addr: SocketAddr::new(self.addr.ip(), port), ..self }
+    }
+}
+
 impl Inbound {
     /// The streams of an HBONE tunnel, side by side. Each is a connection of its own to the application, and takes a permit.
     pub(super) async fn hbone(
@@ -92,7 +99,7 @@ impl Inbound {
                         continue;
                     };
                     let (inbound, pod, peer) = (Arc::clone(&self), Arc::clone(&pod), peer.clone());
-                    self.drain.spawn(async move { inbound.hbone_stream(&pod, &peer, request).await }, (permit, share));
+                    self.drain.spawn(async move { inbound.hbone_stream(&pod, peer, request).await }, (permit, share));
                 }
                 Some(Err(error)) => {
                     debug!(peer = %peer.addr, %error, "tunnel broke");
@@ -151,12 +158,15 @@ impl Inbound {
         let _whichever = timeout(left, changed).await;
     }
 
-    async fn hbone_stream(&self, pod: &LocalPod, peer: &Peer, mut request: OpenRequest) {
-        let destination = request.destination();
-        let info = self.describe(pod, peer, destination.unwrap_or(peer.local));
-        let delivered = match self.admit(pod, peer, destination) {
+    async fn hbone_stream(&self, pod: &LocalPod, peer: Peer, mut request: OpenRequest) {
+        let (destination, after) = (request.destination(), request.after());
+        let port = request.source().map_or(peer.addr.port(), |source| source.port());
+        let peer = peer.at_port(port);
+        let arrival = self.arrivals.arriving(peer.addr, destination.unwrap_or(peer.local));
+        let info = self.describe(pod, &peer, destination.unwrap_or(peer.local));
+        let delivered = match self.admit(pod, &peer, destination) {
             Ok((flow, registered)) => tokio::select! {
-                delivered = self.deliver(pod, &flow) => delivered.map(|far| (far, registered)),
+                delivered = Box::pin(self.deliver(pod, &flow, (arrival, after))) => delivered.map(|far| (far, registered)),
                 () = request.abandoned() => {
                     let detail = "the source gave up before the destination answered";
                     return self.observer.fail(&info, CloseReason::SourceReset, &detail);
@@ -194,11 +204,11 @@ impl Inbound {
         open: &Open,
         stream: &mut SingleStream,
     ) -> io::Result<Option<(TcpStream, Carried)>> {
-        // Only the port is taken from what the peer says; the address is the tunnel's own.
-        let peer = Peer { addr: SocketAddr::new(peer.addr.ip(), open.source.port()), ..peer.clone() };
+        let peer = peer.clone().at_port(open.source.port());
+        let arrival = self.arrivals.arriving(peer.addr, open.destination);
         let info = self.describe(pod, &peer, open.destination);
         let delivered = match self.admit(pod, &peer, Some(open.destination)) {
-            Ok((flow, registered)) => self.deliver(pod, &flow).await.map(|far| (far, registered)),
+            Ok((flow, registered)) => self.deliver(pod, &flow, (arrival, open.after)).await.map(|far| (far, registered)),
             Err(refusal) => Err(refusal),
         };
         let (far, registered) = match delivered {
@@ -217,7 +227,12 @@ impl Inbound {
     }
 
     fn turn_away(&self, pod: &LocalPod, peer: &Peer, request: OpenRequest, reason: CloseReason, why: impl Display) {
-        let info = self.describe(pod, peer, request.destination().unwrap_or(peer.local));
+        let destination = request.destination().unwrap_or(peer.local);
+        if let Some(source) = request.source() {
+            // Nobody has to wait for it.
+            drop(self.arrivals.arriving(SocketAddr::new(peer.addr.ip(), source.port()), destination));
+        }
+        let info = self.describe(pod, peer, destination);
         self.observer.fail(&info, reason, &why);
         request.refuse(reason);
     }

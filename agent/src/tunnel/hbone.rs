@@ -1,4 +1,5 @@
-//! HBONE: one captured connection is one HTTP/2 `CONNECT` stream (RFC 9113, section 8.5), its destination in `:authority`.
+//! HBONE: one captured connection is one HTTP/2 `CONNECT` stream (RFC 9113, section 8.5), its destination in `:authority`, its source in
+//! `forwarded` (RFC 7239).
 //!
 //! Interoperates with Istio ambient. A stream's END_STREAM is the connection's FIN, its RST_STREAM the connection's RST, and its
 //! flow-control window the connection's: a window is given back only when the application has taken the bytes. How large windows
@@ -15,6 +16,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
 use h2::{Reason, RecvStream, client, server};
+use http::header::{FORWARDED, HeaderValue};
 use http::{HeaderName, Method, Request, Response, StatusCode};
 use tokio::time::{Instant, Sleep, sleep};
 use tracing::{Instrument as _, debug};
@@ -25,6 +27,7 @@ mod windows;
 use self::halves::halves;
 pub use self::halves::{HboneSink, HboneSource};
 use self::windows::{Flow, Still, Windows};
+use super::single::Open;
 use super::tls_stream::TlsStream;
 use super::{ACCEPTED_IDLE, TunnelError};
 use crate::model::CloseReason;
@@ -46,6 +49,8 @@ const IDLE_PARTS: u32 = 5;
 const IDLE_PART: Duration = Duration::from_secs(ACCEPTED_IDLE.as_secs() / (IDLE_PARTS as u64 - 1));
 /// Names the reason of a refusal, in the words of the access log. Other implementations skip it.
 const REASON: HeaderName = HeaderName::from_static("culvert-close-reason");
+/// The source port of the stream, of whichever tunnel between the two, that is to be delivered first. The same.
+const AFTER: HeaderName = HeaderName::from_static("culvert-after");
 
 /// The dialling side of a tunnel.
 #[derive(Debug)]
@@ -169,16 +174,26 @@ impl Outbound {
         if self.closed() { None } else { Place::take(&self.shared, most) }
     }
 
-    /// Opens a stream to `destination`, which the peer must reach for us before it answers.
+    /// Opens a stream, whose destination the peer must reach for us before it answers.
     ///
     /// # Errors
     /// [`TunnelError::Refused`] with the peer's reason, or [`TunnelError::Broken`].
-    pub(super) async fn open(&self, place: Place, destination: SocketAddr) -> Result<(HboneSource, HboneSink), TunnelError> {
+    pub(super) async fn open(&self, place: Place, open: &Open) -> Result<(HboneSource, HboneSink), TunnelError> {
         let mut request = Request::new(());
         *request.method_mut() = Method::CONNECT;
         // An address and a port are always an authority.
-        *request.uri_mut() =
-            destination.to_string().parse().map_err(|_never: http::uri::InvalidUri| h2::Error::from(Reason::INTERNAL_ERROR))?;
+        *request.uri_mut() = open
+            .destination
+            .to_string()
+            .parse()
+            .map_err(|_never: http::uri::InvalidUri| h2::Error::from(Reason::INTERNAL_ERROR))?;
+        // An address and a port are always a value.
+        let source = HeaderValue::try_from(format!("for=\"{}\"", open.source))
+            .map_err(|_never| h2::Error::from(Reason::INTERNAL_ERROR))?;
+        request.headers_mut().insert(FORWARDED, source);
+        if let Some(port) = open.after {
+            request.headers_mut().insert(AFTER, port.into());
+        }
         let mut requests = self.requests.clone().ready().await?;
         let (response, sink) = requests.send_request(request, false)?;
         let (head, stream) = response.await?.into_parts();
@@ -351,6 +366,22 @@ impl OpenRequest {
             return None;
         }
         self.request.uri().authority()?.as_str().parse().ok()
+    }
+
+    /// Who dialled, as the peer says; none when it does not.
+    #[must_use]
+    pub fn source(&self) -> Option<SocketAddr> {
+        let forwarded = self.request.headers().get(FORWARDED)?.to_str().ok()?;
+        let parameters = forwarded.split(';').filter_map(|parameter| parameter.trim().split_once('='));
+        parameters
+            .filter(|(name, _)| name.eq_ignore_ascii_case("for"))
+            .find_map(|(_, value)| value.trim_matches('"').parse().ok())
+    }
+
+    /// The source port of the stream that is to be delivered first; none when the peer names none.
+    #[must_use]
+    pub fn after(&self) -> Option<u16> {
+        self.request.headers().get(AFTER)?.to_str().ok()?.parse().ok()
     }
 
     /// Grants the wish.

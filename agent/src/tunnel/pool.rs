@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::hash::Hash;
+use std::io;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -98,32 +99,39 @@ impl<K: Eq + Hash + Clone, S: Clone> Pool<K, S> {
         Self { slots: Mutex::new(HashMap::new()) }
     }
 
-    /// Opens a stream, in a tunnel that is there or else in one that `dial` makes from what `setup` gave for the key's first. A pooled
-    /// tunnel that turns out broken is replaced, as long as nothing of the application's may have been acted upon. What `first` has, the
-    /// stream's bytes, goes along with the question where the tunnel is known to be whole and its peer to have accepted us; it stays in
-    /// `first`, for the stream's sink to take when it first moves bytes from there.
+    /// Opens a stream, in a tunnel that is there or else in one that `dial` makes from what `setup` gave for the key's first; `wish` says
+    /// which, and when, once there is the tunnel. A pooled tunnel that turns out broken is replaced, as long as nothing of the application's may have
+    /// been acted upon. What `first` has, the stream's bytes, goes along with the question where the tunnel is known to be whole and its
+    /// peer to have accepted us; it stays in `first`, for the stream's sink to take when it first moves bytes from there.
     ///
     /// # Errors
     /// What `setup` and `dial` say, [`TunnelError::Refused`] or [`TunnelError::Lost`].
-    pub async fn open<F>(
+    pub async fn open<F, W>(
         &self,
         key: &K,
-        open: &Open,
+        wish: impl Fn() -> W,
         first: &mut TcpSource,
         setup: impl FnOnce() -> Result<S, TunnelError>,
         dial: impl Fn(S) -> F,
     ) -> Result<Stream, TunnelError>
     where
         F: Future<Output = Result<Dialled, TunnelError>>,
+        W: Future<Output = Open>,
     {
         let (slot, setup) = self.slot(key, setup)?;
         let dial = || dial(setup.clone());
+        // Whoever has to wait for others does so with empty hands, where there is a tunnel; while one is being made there is time for it.
+        let mut open = if slot.has_any() { Some(wish().await) } else { None };
         for _ in 0..TRIES {
             let (tunnel, new) = match slot.usable() {
                 Some(tunnel) => (tunnel, false),
                 None => slot.wait_or_dial(&dial).await?,
             };
-            match slot.open_in(tunnel, open, first).await {
+            let open = match open.take() {
+                Some(open) => open,
+                None => wish().await,
+            };
+            match slot.open_in(tunnel, &open, first).await {
                 Err(TunnelError::Broken(_) | TunnelError::Cut(_)) if !new => {}
                 opened => return opened,
             }
@@ -132,7 +140,7 @@ impl<K: Eq + Hash + Clone, S: Clone> Pool<K, S> {
             let _room = slot.handshakes.acquire().await;
             slot.make(&dial).await?
         };
-        slot.open_in(tunnel, open, first).await
+        slot.open_in(tunnel, &wish().await, first).await
     }
 
     fn slot(&self, key: &K, setup: impl FnOnce() -> Result<S, TunnelError>) -> Result<(Arc<Slot>, S), TunnelError> {
@@ -248,7 +256,7 @@ impl Slot {
         match tunnel {
             Tunnel::Single(idle) => {
                 tunnels.single = true;
-                Ok(Pooled::Idle { warm: Warm::new(idle, expires), fresh: false })
+                Ok(Pooled::Idle { warm: Warm::new(idle, expires), new: true })
             }
             Tunnel::Hbone(tunnel) => {
                 tunnels.single = false;
@@ -263,14 +271,18 @@ impl Slot {
 
     async fn open_in(self: &Arc<Self>, tunnel: Pooled, open: &Open, first: &mut TcpSource) -> Result<Stream, TunnelError> {
         match tunnel {
-            Pooled::Idle { warm, fresh } => {
+            Pooled::Idle { warm, new: false } if warm.expired() => {
+                Err(TunnelError::Cut(io::Error::other("the peer's certificate has ended")))
+            }
+            Pooled::Idle { warm, new } => {
+                let fresh = !new && warm.last_used.elapsed() < FRESH;
                 if fresh && let Err(Broken(error)) = first.fill_at_once() {
                     self.put_back(warm);
                     return Err(TunnelError::Abandoned(error));
                 }
                 self.open_single(warm.tunnel, warm.expires, open, if fresh { first.held() } else { &[] }).await
             }
-            Pooled::Shared(tunnel, place) => Ok(Stream::Hbone(Box::new(tunnel.open(place, open.destination).await?))),
+            Pooled::Shared(tunnel, place) => Ok(Stream::Hbone(Box::new(tunnel.open(place, open).await?))),
         }
     }
 
@@ -307,14 +319,19 @@ impl Slot {
         }
     }
 
+    /// Whether a tunnel is there.
+    fn has_any(&self) -> bool {
+        let tunnels = self.lock();
+        !tunnels.idle.is_empty() || !tunnels.shared.is_empty()
+    }
+
     /// A tunnel that is there, with a place in it for one stream more.
     fn usable(&self) -> Option<Pooled> {
         let mut tunnels = self.lock();
         // The one used last is the likeliest to be there still.
         while let Some(warm) = tunnels.idle.pop() {
             if !warm.expired() && warm.tunnel.quiet() {
-                let fresh = warm.last_used.elapsed() < FRESH;
-                return Some(Pooled::Idle { warm, fresh });
+                return Some(Pooled::Idle { warm, new: false });
             }
         }
         tunnels.shared.retain(|warm| !warm.expired() && !warm.tunnel.closed());
@@ -331,7 +348,7 @@ impl Slot {
 }
 
 enum Pooled {
-    Idle { warm: Warm<Idle>, fresh: bool },
+    Idle { warm: Warm<Idle>, new: bool },
     Shared(Arc<hbone::Outbound>, hbone::Place),
 }
 

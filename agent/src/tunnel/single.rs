@@ -10,9 +10,12 @@
 //! | kind | name | from | payload |
 //! |---|---|---|---|
 //! | 0 | DATA | both | bytes of the stream |
-//! | 1 | OPEN | dialler | destination: port (2), address (16); source: port (2), address (16); the rest: W3C trace context or nothing |
+//! | 1 | OPEN | dialler | destination: port (2), address (16); source: port (2), address (16); then nothing, or `after`: source port (2) |
 //! | 2 | ANSWER | acceptor | one byte: 0 connected, else why not |
 //! | 3 | FIN | both | none: no more DATA in this direction |
+//!
+//! A stream is delivered after the one to the same destination whose source has the port `after`, which is on its way, too, in whichever of
+//! the dialler's tunnels. More that may stand in an OPEN is left unread.
 //!
 //! Numbers are big endian; IPv4 addresses are mapped into IPv6. A stream is OPEN, ANSWER, then DATA and one FIN in each direction;
 //! after a refusal, or both FINs, the dialler may send the next OPEN. A connection that ends anywhere else has been reset. An unknown
@@ -32,7 +35,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker, ready};
 
-use bytes::Bytes;
 use tokio::task::yield_now;
 use tokio::time::timeout;
 
@@ -436,12 +438,11 @@ impl Sink for SingleSink {
     }
 }
 
-/// The peer of a stream, as the acceptor's policy needs it.
 impl Open {
     /// A stream to `destination` on behalf of `source`.
     #[must_use]
     pub fn new(source: SocketAddr, destination: SocketAddr) -> Self {
-        Self { source, destination, trace: Bytes::new() }
+        Self { source, destination, after: None }
     }
 }
 

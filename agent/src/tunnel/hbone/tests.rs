@@ -6,9 +6,14 @@ use crate::tunnel::tls_stream::tests::{Bytes as Given, ours};
 
 const SOON: Duration = Duration::from_secs(5);
 const TO: &str = "10.0.0.2:80";
+const FROM: &str = "10.0.0.1:4000";
 
 /// Both ends of a stream.
 type Ends = ((HboneSource, HboneSink), (HboneSource, HboneSink));
+
+fn wish() -> Open {
+    Open::new(FROM.parse().unwrap(), TO.parse().unwrap())
+}
 
 /// Both ends of a tunnel over a real connection.
 async fn tunnel() -> (Outbound, Inbound) {
@@ -24,7 +29,8 @@ async fn within<T>(work: impl Future<Output = T>) -> T {
 /// Opens a stream and accepts it.
 async fn open(near: &Outbound, far: &mut Inbound) -> Ends {
     let place = near.place().expect("room");
-    let opening = near.open(place, TO.parse().unwrap());
+    let wish = wish();
+    let opening = near.open(place, &wish);
     let mut accepted = None;
     let accepting = async {
         loop {
@@ -120,7 +126,7 @@ async fn streams_that_nobody_reads_hold_little_and_hold_no_other_up() {
     let mut stalled = Vec::new();
     for _ in 0..STREAMS - 1 {
         let place = near.place().expect("room");
-        let (source, mut sink) = within(near.open(place, TO.parse().unwrap())).await.unwrap();
+        let (source, mut sink) = within(near.open(place, &wish())).await.unwrap();
         tokio::spawn(async move {
             let _source = source;
             let mut given = Given::new(much);
@@ -142,7 +148,7 @@ async fn streams_that_nobody_reads_hold_little_and_hold_no_other_up() {
     assert!((64 << 10..2 << 20).contains(&before), "{before} bytes are held");
 
     let place = near.place().expect("room");
-    let (_source, mut sink) = within(near.open(place, TO.parse().unwrap())).await.unwrap();
+    let (_source, mut sink) = within(near.open(place, &wish())).await.unwrap();
     let (mut source, _sink) = within(accepted.recv()).await.unwrap();
     let sending = tokio::spawn(async move {
         for _ in 0..4 {
@@ -198,6 +204,24 @@ async fn a_peer_that_reads_nothing_is_sent_little_whatever_its_windows() {
 }
 
 #[tokio::test]
+async fn a_stream_says_who_dialled_and_which_it_comes_after() {
+    let (near, mut far) = tunnel().await;
+    let asked = |(source, after): (&str, Option<u16>)| {
+        let wish = Open { after, ..Open::new(source.parse().unwrap(), TO.parse().unwrap()) };
+        let (near, place) = (&near, near.place().expect("room"));
+        async move { near.open(place, &wish).await.err() }
+    };
+    let mut asking = Box::pin(async { tokio::join!(asked(("10.0.0.1:4001", Some(4000))), asked(("[fd00::1]:4002", None))) });
+    for said in [(Some("10.0.0.1:4001"), Some(4000)), (Some("[fd00::1]:4002"), None)] {
+        let request = within(async {
+            tokio::select! { request = far.next() => request.unwrap().unwrap(), _ = &mut asking => unreachable!() }
+        })
+        .await;
+        assert_eq!((request.source().map(|source| source.to_string()).as_deref(), request.after()), said);
+    }
+}
+
+#[tokio::test]
 async fn an_accepted_tunnel_ends_when_it_has_carried_nothing_for_long() {
     let (near, mut far) = tunnel().await;
     let (ends, peers_ends) = open(&near, &mut far).await;
@@ -221,7 +245,7 @@ async fn streams_that_wait_for_the_connection_go_on_when_it_does() {
     let (mut sending, mut receiving) = (tokio::task::JoinSet::new(), tokio::task::JoinSet::new());
     for _ in 0..20 {
         let place = near.place().expect("room");
-        let (source, mut sink) = within(near.open(place, TO.parse().unwrap())).await.unwrap();
+        let (source, mut sink) = within(near.open(place, &wish())).await.unwrap();
         sending.spawn(async move {
             write(&mut sink, much).await;
             within(poll_fn(|cx| sink.poll_finish(cx))).await.unwrap();

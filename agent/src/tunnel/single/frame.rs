@@ -4,7 +4,7 @@ use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 
-use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use bytes::{Buf as _, BufMut as _, BytesMut};
 
 use crate::model::CloseReason;
 
@@ -16,8 +16,8 @@ const ANSWER: u8 = 2;
 const FIN: u8 = 3;
 /// The fixed part of an OPEN's payload, in bytes.
 const OPEN_FIXED: usize = 36;
-/// The most bytes of trace context in an OPEN.
-const LARGEST_TRACE: usize = 512;
+/// The most bytes in an OPEN behind that.
+const LARGEST_REST: usize = 512;
 
 /// A dialler's wish.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,8 +26,8 @@ pub struct Open {
     pub destination: SocketAddr,
     /// Who dialled.
     pub source: SocketAddr,
-    /// W3C trace context, or empty.
-    pub trace: Bytes,
+    /// The source port of the stream from the same address to the same destination that is to be delivered first.
+    pub after: Option<u16>,
 }
 
 /// What a reader of frames finds.
@@ -82,7 +82,7 @@ impl Frames {
             }
             let payload = &self.begun[HEAD..];
             let piece = match kind {
-                OPEN => Piece::Open(open(Bytes::copy_from_slice(payload))),
+                OPEN => Piece::Open(open(payload)),
                 ANSWER => Piece::Answer(reason(payload[0])?),
                 _ => Piece::Fin,
             };
@@ -102,7 +102,7 @@ impl Frames {
 fn payload_length([kind, high, middle, low]: [u8; HEAD]) -> io::Result<usize> {
     match (kind, length(high, middle, low)) {
         (DATA, _) => Ok(0),
-        (OPEN, length) if (OPEN_FIXED..=OPEN_FIXED + LARGEST_TRACE).contains(&length) => Ok(length),
+        (OPEN, length) if (OPEN_FIXED..=OPEN_FIXED + LARGEST_REST).contains(&length) => Ok(length),
         (ANSWER, 1) => Ok(1),
         (FIN, 0) => Ok(0),
         (kind, length) => Err(invalid(format!("kind {kind} with {length} bytes is no frame"))),
@@ -115,8 +115,9 @@ fn length(high: u8, middle: u8, low: u8) -> usize {
 
 impl Open {
     pub(super) fn encode(&self) -> BytesMut {
-        let trace = &self.trace[..self.trace.len().min(LARGEST_TRACE)];
-        let mut frame = head(OPEN, OPEN_FIXED + trace.len());
+        let after = self.after.map(u16::to_be_bytes);
+        let after = after.as_ref().map_or(&[][..], |port| port);
+        let mut frame = head(OPEN, OPEN_FIXED + after.len());
         for end in [self.destination, self.source] {
             frame.put_u16(end.port());
             let address = match end.ip() {
@@ -125,7 +126,7 @@ impl Open {
             };
             frame.put_slice(&address.octets());
         }
-        frame.put_slice(trace);
+        frame.put_slice(after);
         frame
     }
 }
@@ -159,13 +160,13 @@ fn head(kind: u8, length: usize) -> BytesMut {
     frame
 }
 
-fn open(mut payload: Bytes) -> Open {
+fn open(mut payload: &[u8]) -> Open {
     let mut end = || {
         let port = payload.get_u16();
         SocketAddr::new(Ipv6Addr::from(payload.get_u128()).to_canonical(), port)
     };
     let (destination, source) = (end(), end());
-    Open { destination, source, trace: payload }
+    Open { destination, source, after: payload.try_get_u16().ok() }
 }
 
 /// The number of an answer on the wire. Numbers are never given twice.
@@ -228,7 +229,7 @@ pub fn fuzz(bytes: &[u8]) {
     let mut parts = Found::default();
     for byte in bytes.chunks(1) {
         parts.read(byte);
-        assert!(parts.frames.begun.len() <= HEAD + OPEN_FIXED + LARGEST_TRACE, "more is kept than a frame can have");
+        assert!(parts.frames.begun.len() <= HEAD + OPEN_FIXED + LARGEST_REST, "more is kept than a frame can have");
     }
     assert_eq!((whole.pieces, whole.ended), (parts.pieces, parts.ended), "how bytes are cut shows");
 }
@@ -289,12 +290,14 @@ mod tests {
 
     #[test]
     fn an_open_survives_the_wire() {
-        let open = Open {
-            destination: "10.0.0.1:80".parse().unwrap(),
-            source: "[fd00::7]:4711".parse().unwrap(),
-            trace: Bytes::from_static(b"00-abc"),
-        };
-        assert_eq!(one(&open.encode()), Piece::Open(open.clone()));
+        let first = Open::new("[fd00::7]:4711".parse().unwrap(), "10.0.0.1:80".parse().unwrap());
+        let open = Open { after: Some(4710), ..first.clone() };
+        assert_eq!((one(&first.encode()), one(&open.encode())), (Piece::Open(first.clone()), Piece::Open(open.clone())));
+        // Of what a later version may say behind that, nothing is understood and nothing taken amiss.
+        let mut later = head(OPEN, OPEN_FIXED + 5);
+        later.put_slice(&open.encode()[HEAD..]);
+        later.put_slice(b"new");
+        assert_eq!(one(&later), Piece::Open(open.clone()));
         let (mut frames, wire) = (Frames::default(), open.encode());
         let found: Vec<_> = wire.chunks(1).flat_map(|byte| pieces(&mut frames, byte).unwrap()).collect();
         assert_eq!(found, [(Piece::Open(open), Vec::new())], "also byte by byte");
@@ -348,7 +351,7 @@ mod tests {
         fn foreign_bytes_never_panic_and_little_of_them_is_kept(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
             let mut frames = Frames::default();
             let _answer = pieces(&mut frames, &bytes);
-            prop_assert!(frames.begun.len() <= HEAD + OPEN_FIXED + LARGEST_TRACE);
+            prop_assert!(frames.begun.len() <= HEAD + OPEN_FIXED + LARGEST_REST);
         }
     }
 }
