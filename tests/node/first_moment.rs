@@ -207,9 +207,16 @@ fn a_sandbox_that_is_made_anew_at_an_address_that_was_anothers_is_not_taken_for_
     });
     // The node has started again, and its network has given addresses anew; of that the API server has not heard.
     let (sandbox, _pod) = start(&mesh, EARLY, "uid-of-early", FIRST + 1);
-    eventually("its node knows which pod it is", || mesh.log("agent-a").contains("the pod of a network namespace"));
+    let found = |mesh: &Mesh| mesh.log("agent-a").contains("the pod of a network namespace");
+    eventually("its node knows which pod it is", || found(&mesh));
     let mut capture = mesh.capture_between_nodes();
     assert!(!sandbox.converses(open.at(false, PORT), "marker-anew"), "it is taken for another");
+    // An agent that finds the sandbox there takes it for that no more than one that saw it appear.
+    mesh.kill_agent(0);
+    mesh.start_agent(0);
+    eventually("its node knows so again", || found(&mesh));
+    assert!(!sandbox.converses(open.at(false, PORT), "marker-anew"), "it is taken for another after a restart");
+    assert_eq!(enrolments(&mesh, "a", "other"), 0, "it was taken for another when the agent started");
     capture.finish();
     assert!(!capture.shows(b"marker-anew"), "it has spoken in the clear");
     mesh.delete("pod-other");

@@ -4,6 +4,7 @@
 //! [`PodEvent`]s, and entries in the maps. One task owns all state; what blocks runs on other threads and comes back as a `Message`. A
 //! namespace is open only after it is known to be none of ours, or fully enrolled; in every other moment nothing leaves it.
 
+mod addresses;
 mod classify;
 mod foreign;
 mod places;
@@ -361,15 +362,17 @@ impl Enroller {
         self.seen += 1;
         let mut tracked = Tracked::new(netns, name, phase, self.seen);
         tracked.fresh = self.caught_up && new;
+        tracked.unlooked = !self.caught_up && self.node_pods.is_some();
+        let soon = if tracked.unlooked { Duration::ZERO } else { pods::SOON };
         if self.caught_up && tracked.is_pending() {
             // Nobody gets in either, from before it has an address: a server may listen long before it is enrolled.
             self.guard(&tracked.netns);
         }
-        tracked.watcher = Some(tracked::watch_addresses(cookie, watch, self.messages.clone()));
+        tracked.watcher = Some(addresses::watch(cookie, watch, self.messages.clone()));
         self.cookies.insert(inode, cookie);
         self.tracked.insert(cookie, tracked);
         self.set_addresses(cookie, addresses);
-        self.expect_pod(pods::SOON);
+        self.expect_pod(soon);
         self.reconcile(cookie).await;
     }
 

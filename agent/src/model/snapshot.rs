@@ -334,7 +334,9 @@ impl Edit {
         let (state, uid) = (&mut self.snapshot, &*workload.uid);
         if state.local.remove(uid).is_some() {
             state.policies.deselect(uid);
-            if let Some(pod) = &workload.pod {
+            if let Some(pod) = &workload.pod
+                && state.pods.get(pod).is_some_and(|there| there.uid == workload.uid)
+            {
                 state.pods.remove(pod);
             }
         }

@@ -176,6 +176,14 @@ impl Workload {
     }
 }
 
+impl PodUid {
+    /// Whether the API server may have given it. A static pod has a hash of its file, in hexadecimal digits; its object has another UID.
+    #[must_use]
+    pub fn is_of_the_api(&self) -> bool {
+        self.0.len() != 32 || self.0.bytes().any(|byte| !byte.is_ascii_hexdigit())
+    }
+}
+
 impl From<&str> for PodUid {
     fn from(text: &str) -> Self {
         Self(text.into())

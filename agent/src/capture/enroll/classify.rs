@@ -79,6 +79,14 @@ pub(super) fn classify(
     if let Some(pod) = owner.and_then(|owner| snapshot.pod(&owner.uid)) {
         return by_pod(pod, addresses, phase, snapshot);
     }
+    if let Some(owner) = owner
+        && owner.uid.is_of_the_api()
+        && snapshot.of_every_pod()
+        && addresses.iter().filter_map(|address| snapshot.workload_at(*address)?.pod.as_deref()).any(|pod| *pod != owner.uid)
+    {
+        // The controller has not told of it yet, or of its end, or withholds it for the sake of the other.
+        return Standing::Disputed;
+    }
     if let Some(own) = owner.and_then(|owner| owner.workload.as_deref())
         && *phase != Phase::Exempt
         && addresses.iter().all(|address| snapshot.workload_at(*address).is_none_or(|there| *there.uid != *own))

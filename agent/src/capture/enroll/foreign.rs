@@ -13,7 +13,7 @@ use culvert_ebpf_common::{Namespace, NamespaceState};
 use tokio::task::AbortHandle;
 
 use super::setup::{Opened, SetupError};
-use super::{Enroller, Message, setup, tracked};
+use super::{Enroller, Message, addresses, setup, tracked};
 use crate::capture::Netns;
 
 /// A namespace that is mounted elsewhere.
@@ -78,7 +78,7 @@ impl Enroller {
                 if self.tracked.contains_key(&netns.cookie()) {
                     return;
                 }
-                let watcher = tracked::watch_addresses(netns.cookie(), watch, self.messages.clone());
+                let watcher = addresses::watch(netns.cookie(), watch, self.messages.clone());
                 // One that the programs did not know was closed when it was opened.
                 let state = former.or(fresh.then_some(NamespaceState::Pending));
                 self.foreign.insert(inode, Some(Foreign { netns, addresses, watcher, fresh, state, inquiry: Inquiry::Due }));

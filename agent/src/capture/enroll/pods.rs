@@ -59,6 +59,8 @@ pub(super) struct Owner {
 /// What a look has found.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Found {
+    /// The network namespaces that it was about, by their cookies.
+    looked: BTreeSet<u64>,
     /// Pods, by the cookies of their network namespaces.
     pods: BTreeMap<u64, PodUid>,
     /// Pods of namespaces that never join.
@@ -100,7 +102,8 @@ impl NodePods {
             }
         }
         let one = |(cookie, mut uids): (u64, BTreeSet<PodUid>)| Some((cookie, uids.pop_first()?)).filter(|_| uids.is_empty());
-        Found { pods: owners.into_iter().filter_map(one).collect(), excluded: self.excluded() }
+        let looked = wanted.cookies.values().copied().collect();
+        Found { looked, pods: owners.into_iter().filter_map(one).collect(), excluded: self.excluded() }
     }
 
     /// All pods with their cgroups. Those with guarantees are right below, others below a class.
@@ -236,6 +239,11 @@ impl Enroller {
             let excluded = tracked.owner.as_ref().is_some_and(|owner| found.excluded.contains(&owner.uid));
             if excluded && !std::mem::replace(&mut tracked.excluded, true) {
                 tracing::debug!(cookie, "the pod of a namespace that never joins");
+                changed.insert(*cookie);
+            }
+        }
+        for (cookie, tracked) in &mut self.tracked {
+            if found.looked.contains(cookie) && std::mem::replace(&mut tracked.unlooked, false) {
                 changed.insert(*cookie);
             }
         }

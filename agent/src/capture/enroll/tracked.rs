@@ -9,8 +9,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use culvert_ebpf_common::Namespace;
-use tokio::io::Interest;
-use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
@@ -18,9 +16,8 @@ use super::classify::{self, Phase, Standing, Step};
 use super::pods::Owner;
 use super::setup::{Enrolled, Enrolment, SetupError, enrolled};
 use super::{Enroller, FIRST_RETRY, LAST_RETRY, Message, pods};
-use crate::capture::netns::AddressWatch;
 use crate::capture::routing::Routing;
-use crate::capture::{Listener, LocalPod, Netns, PodEvent, readiness};
+use crate::capture::{Listener, LocalPod, Netns, PodEvent};
 use crate::model::{Snapshot, Workload};
 
 /// For how long a new namespace stays closed although the controller knows nobody at its address, unless the node's kubelet says that it
@@ -48,12 +45,14 @@ pub(super) struct Tracked {
     pub(super) waiting: bool,
     /// The programs did not know it when it appeared, and the agent was there: its object may be on its way.
     pub(super) fresh: bool,
+    /// It was there when the agent started, and its pod has not been looked for: its address alone may be a former pod's.
+    pub(super) unlooked: bool,
     /// Which pod it is, once the node has said.
     pub(super) owner: Option<Owner>,
     /// It is the pod's of a namespace that never joins.
     pub(super) excluded: bool,
     /// When its addresses last changed.
-    settled: Instant,
+    pub(super) settled: Instant,
     /// When it appeared, among all.
     seen: u64,
     phase: Phase,
@@ -88,6 +87,7 @@ impl Tracked {
             judged: false,
             waiting: false,
             fresh: false,
+            unlooked: false,
             owner: None,
             excluded: false,
             settled: Instant::now(),
@@ -110,9 +110,9 @@ impl Tracked {
     /// How long its addresses are as they are, if it matters which pod it is.
     pub(super) fn wants_pod(&self) -> Option<Duration> {
         let age = self.settled.elapsed();
-        let undecided = matches!(self.phase, Phase::Pending | Phase::Inherited);
+        let undecided = self.unlooked || matches!(self.phase, Phase::Pending | Phase::Inherited);
         // Until its pod is known, its address may have been taken for a former pod's.
-        let unsure = self.fresh && self.owner.is_none() && age < pods::EAGER;
+        let unsure = self.owner.is_none() && age < pods::EAGER;
         (undecided || unsure).then_some(age)
     }
 
@@ -137,32 +137,11 @@ impl Drop for Tracked {
     }
 }
 
-/// Tells of changes of a namespace's addresses until it is stopped.
-pub(super) fn watch_addresses(cookie: u64, watch: AddressWatch, messages: mpsc::Sender<Message>) -> AbortHandle {
-    let follow = async move {
-        let watch = readiness::register(watch, Interest::READABLE)?;
-        loop {
-            watch.readable().await?.clear_ready();
-            watch.get_ref().drain();
-            let addresses = watch.get_ref().addresses()?;
-            if messages.send(Message::Addresses { cookie, addresses }).await.is_err() {
-                return Ok::<(), std::io::Error>(());
-            }
-        }
-    };
-    let task = tokio::spawn(async move {
-        if let Err(error) = follow.await {
-            tracing::warn!(%error, cookie, "cannot follow a network namespace's addresses any more: what changes there is not seen");
-        }
-    });
-    task.abort_handle()
-}
-
 impl Enroller {
     /// Brings a namespace to what it should be, as far as can be told now.
     pub(super) async fn reconcile(&mut self, cookie: u64) {
         let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
-        if tracked.busy || tracked.names.is_empty() {
+        if tracked.busy || tracked.unlooked || tracked.names.is_empty() {
             return;
         }
         if let Some(owner) = &mut tracked.owner
@@ -241,27 +220,6 @@ impl Enroller {
         for cookie in contested {
             self.reconcile(cookie).await;
         }
-    }
-
-    /// Notes a namespace's addresses.
-    pub(super) fn set_addresses(&mut self, cookie: u64, addresses: BTreeSet<IpAddr>) {
-        let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
-        for address in tracked.addresses.difference(&addresses) {
-            if let Some(holders) = self.holders.get_mut(address) {
-                holders.remove(&cookie);
-                if holders.is_empty() {
-                    self.holders.remove(address);
-                }
-            }
-        }
-        for address in &addresses {
-            self.holders.entry(*address).or_default().insert(cookie);
-        }
-        tracked.unknown.retain(|address| addresses.contains(address));
-        if tracked.addresses != addresses {
-            tracked.settled = Instant::now();
-        }
-        tracked.addresses = addresses;
     }
 
     fn ask(&mut self, cookie: u64, address: IpAddr) {

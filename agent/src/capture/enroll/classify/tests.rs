@@ -247,6 +247,33 @@ fn a_sandbox_that_is_made_anew_is_its_own_pod_whatever_the_api_still_says_of_its
 }
 
 #[test]
+fn a_pod_that_the_controller_has_not_told_of_is_not_taken_for_another_that_it_has() {
+    let other = Workload { pod: Some(Arc::new("of-the-other".into())), ..workload("b", &["10.0.0.1"]) };
+    for every in [true, false] {
+        let stale = snapshot(|edit| {
+            edit.upsert_workload(other.clone());
+            if every {
+                edit.mark_of_every_pod();
+            }
+        });
+        let step = step_of_pod(&Phase::Pending, &["10.0.0.1"], &stale, None);
+        assert_eq!(
+            step,
+            if every { Step::Stay } else { Step::Enrol(Arc::new(other.clone())) },
+            "is it told of every pod: {every}"
+        );
+    }
+    // A static pod is known by its address: the API server has it under another UID.
+    let stale = snapshot(|edit| {
+        edit.upsert_workload(other.clone());
+        edit.mark_of_every_pod();
+    });
+    let owner = Owner { uid: "0123456789abcdef0123456789abcdef".into(), workload: None };
+    let standing = classify(&set(&["10.0.0.1"]), Some(&owner), &Phase::Pending, &stale, &set(&[]));
+    assert_eq!(standing, Standing::Member(Arc::new(other)));
+}
+
+#[test]
 fn a_namespace_whose_pod_was_known_never_becomes_another_by_its_address() {
     let old = snapshot(|edit| edit.upsert_workload(workload("old", &["10.0.0.1"])));
     let outside =

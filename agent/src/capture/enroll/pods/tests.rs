@@ -112,7 +112,7 @@ fn a_cgroup_above_the_kubelets_is_no_pods_whatever_its_name() {
 fn a_pod_whose_namespace_is_known_is_not_looked_for() {
     let node = Node::new();
     node.process(7, &format!("pod{UID}/sandbox"), "netns");
-    assert_eq!(node.look(&["netns"], &[UID]), Found::default());
+    assert_eq!(node.look(&["netns"], &[UID]).pods, BTreeMap::new());
 }
 
 #[test]
