@@ -321,7 +321,8 @@ impl Inbound {
         } else {
             {
                 let arrival = self.arrivals.arriving(source, local);
-                self.deliver(pod, &flow, (arrival, turn.depart().await)).await
+                turn.ready().await;
+                self.deliver(pod, &flow, (arrival, turn.depart())).await
             }
         };
         match opened {

@@ -4,7 +4,7 @@
 //! way. With one, a client is connected as soon as its own agent has taken the connection, and what carries the two is not one queue. So
 //! the source's side sends them off in order, and says of each whether the one before it to the same destination is still on its way
 //! ([`Departures`]); the destination's side delivers it after that one ([`Arrivals`]). Nobody waits for a round trip, nor for long: one that
-//! is held up for [`PATIENCE`] is overtaken. Between a service's endpoints there is no order, as there is none without a mesh.
+//! is held up for 2 s is overtaken. Between a service's endpoints there is no order, as there is none without a mesh.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher as _, RandomState};
@@ -36,6 +36,7 @@ pub struct Turn {
     key: (IpAddr, SocketAddr),
     own: Arc<Departure>,
     before: Option<Arc<Departure>>,
+    waited: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -61,7 +62,7 @@ impl Departures {
         let own = Arc::new(Departure { source_port: source.port(), followed, target, sent, over });
         let before = departures.insert(key, Arc::clone(&own));
         drop(departures);
-        Turn { departures: Arc::clone(self), key, own, before }
+        Turn { departures: Arc::clone(self), key, own, before, waited: AtomicBool::new(false) }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<(IpAddr, SocketAddr), Arc<Departure>>> {
@@ -75,23 +76,30 @@ impl Turn {
         let _said_once = self.own.target.set(target);
     }
 
-    /// Waits until the connection may be sent off: the one before it has been, if that leads to the same. Gives that one's source port, if
-    /// it is still on its way.
-    pub async fn depart(&self) -> Option<u16> {
-        let after = match &self.before {
-            None => None,
-            Some(before) => timeout(PATIENCE, self.after(before)).await.unwrap_or_default(),
-        };
-        let _sent_again = self.own.sent.set(());
-        after
+    /// Waits until the connection may be sent off: the one before it has been, if that leads to the same. Waits no more than once.
+    pub async fn ready(&self) {
+        if let Some(before) = &self.before
+            && !self.waited.swap(true, Ordering::Relaxed)
+        {
+            let sent = async {
+                if self.leads_where(before.target.wait().await) {
+                    before.sent.wait().await;
+                }
+            };
+            let _held_up = timeout(PATIENCE, sent).await;
+        }
     }
 
-    async fn after(&self, before: &Departure) -> Option<u16> {
-        if self.own.target.get() != Some(before.target.wait().await) {
-            return None;
-        }
-        before.sent.wait().await;
-        (!before.over.load(Ordering::Acquire)).then_some(before.source_port)
+    /// Notes that the connection is sent off now, and gives the source port of the one before it, if that is still on its way.
+    #[must_use]
+    pub fn depart(&self) -> Option<u16> {
+        let _sent_again = self.own.sent.set(());
+        let before = self.before.as_ref().filter(|before| before.sent.initialized() && !before.over.load(Ordering::Acquire))?;
+        before.target.get().is_some_and(|target| self.leads_where(target)).then_some(before.source_port)
+    }
+
+    fn leads_where(&self, another: &Option<SocketAddr>) -> bool {
+        another.is_some() && self.own.target.get() == Some(another)
     }
 
     /// Whether no other has come since that dialled the same, or so many that there may never be a pause.
@@ -108,7 +116,11 @@ impl Drop for Turn {
         let _unless_said = (self.own.target.set(None), self.own.sent.set(()));
         let mut departures = self.departures.lock();
         if departures.get(&self.key).is_some_and(|last| Arc::ptr_eq(last, &self.own)) {
-            departures.remove(&self.key);
+            // Whoever comes next is behind the one before, which may be on its way yet.
+            match self.before.take().filter(|before| !before.over.load(Ordering::Acquire)) {
+                Some(before) => departures.insert(self.key, before),
+                None => departures.remove(&self.key),
+            };
         }
     }
 }
@@ -260,6 +272,11 @@ mod tests {
         SERVER.parse().unwrap()
     }
 
+    /// Sends a connection off, and gives which it follows; none when it has to wait.
+    fn sent(turn: &Turn) -> Option<Option<u16>> {
+        now(turn.ready()).map(|()| turn.depart())
+    }
+
     fn now<T>(future: impl Future<Output = T>) -> Option<T> {
         match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(value) => Some(value),
@@ -276,14 +293,23 @@ mod tests {
         for turn in [&first, &second, &third, &elsewhere, &another] {
             turn.leads_to(Some(server()));
         }
-        assert_eq!([&elsewhere, &another].map(|turn| now(turn.depart())), [Some(None); 2], "another destination, another source");
-        assert_eq!([&third, &second].map(|turn| now(turn.depart())), [None; 2], "the first has not been sent");
-        assert_eq!([&first, &second, &third].map(|turn| now(turn.depart())), [Some(None), Some(Some(1)), Some(Some(2))]);
+        assert_eq!([&elsewhere, &another].map(sent), [Some(None); 2], "another destination, another source");
+        {
+            let mut waiting = pin!(second.ready());
+            assert_eq!(now(waiting.as_mut()), None, "the first has not been sent");
+            assert_eq!(sent(&first), Some(None));
+            now(waiting).expect("the first has been sent");
+        }
+        assert_eq!((second.depart(), sent(&third)), (Some(1), Some(Some(2))));
         drop(first);
-        assert_eq!([&second, &third].map(|turn| now(turn.depart())), [Some(None), Some(Some(2))], "sent once more");
+        assert_eq!([&second, &third].map(sent), [Some(None), Some(Some(2))], "sent once more");
         drop(third);
-        assert_eq!(now(departures.enter(client(5), server()).depart()), Some(None), "the last of all has arrived");
-        drop((second, elsewhere, another));
+        let fifth = departures.enter(client(5), server());
+        fifth.leads_to(Some(server()));
+        assert_eq!(sent(&fifth), Some(Some(2)), "the last has arrived before the one before it");
+        drop(second);
+        assert_eq!(sent(&fifth), Some(None));
+        drop((fifth, elsewhere, another));
         assert!(departures.lock().is_empty(), "nothing is kept");
     }
 
@@ -292,18 +318,20 @@ mod tests {
         let departures = Arc::<Departures>::default();
         let [first, second, third] = [1, 2, 3].map(|port| departures.enter(client(port), server()));
         second.leads_to(Some(server()));
-        assert_eq!(now(second.depart()), None, "the first may lead to the same");
+        let mut waiting = pin!(second.ready());
+        assert_eq!(now(waiting.as_mut()), None, "the first may lead to the same");
         first.leads_to(Some("10.0.0.3:80".parse().unwrap()));
-        assert_eq!(now(second.depart()), Some(None));
+        now(waiting).expect("the first leads elsewhere");
+        assert_eq!(second.depart(), None);
         // Nor for one that is dropped before it has said anything, or that leads where nobody has to be after it.
         let [fourth, fifth] = [4, 5].map(|port| departures.enter(client(port), server()));
         drop(third);
         fourth.leads_to(Some(server()));
-        assert_eq!(now(fourth.depart()), Some(None));
+        assert_eq!(sent(&fourth), Some(None));
         let sixth = departures.enter(client(6), server());
         fifth.leads_to(None);
         sixth.leads_to(Some(server()));
-        assert_eq!(now(sixth.depart()), Some(None));
+        assert_eq!(sent(&sixth), Some(None));
     }
 
     #[tokio::test(start_paused = true)]
@@ -314,8 +342,10 @@ mod tests {
             turn.leads_to(Some(server()));
         }
         let started = Instant::now();
-        assert_eq!((second.depart().await, third.depart().await), (None, Some(2)));
+        second.ready().await;
         assert_eq!(started.elapsed().as_secs(), PATIENCE.as_secs());
+        assert_eq!((second.depart(), sent(&third)), (None, Some(Some(2))));
+        now(second.ready()).expect("waits no second time");
         drop(silent);
     }
 
@@ -325,7 +355,8 @@ mod tests {
         let [first, second] = [1, 2].map(|port| departures.enter(client(port), server()));
         assert_eq!([&first, &second].map(Turn::is_last), [false, true]);
         drop(second);
-        assert!(!first.is_last(), "another has come since");
+        assert!(first.is_last(), "the other is not on its way any more");
+        drop(first);
         let many: Vec<_> = (0..=TRAIN).map(|port| departures.enter(client(port as u16), server())).collect();
         assert!(!many[0].is_last() && !many[TRAIN as usize - 1].is_last());
         let _one_more = departures.enter(client(9), server());

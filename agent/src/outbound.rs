@@ -304,8 +304,8 @@ impl Outbound {
             self.observer.metrics().handshake(Side::Client, result, started.elapsed());
             made
         };
-        let wish = || async { Open { after: turn.depart().await, ..open.clone() } };
-        match timeout(OPEN_DEADLINE, self.pool.open(&key, wish, near, setup, dial)).await {
+        let (ready, wish) = (|| turn.ready(), || Open { after: turn.depart(), ..open.clone() });
+        match timeout(OPEN_DEADLINE, self.pool.open(&key, (ready, wish), near, setup, dial)).await {
             Ok(opened) => Ok(opened?),
             Err(_elapsed) => Err(Failure::new(
                 CloseReason::DestinationUnreachable,

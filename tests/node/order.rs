@@ -53,7 +53,7 @@ fn connections_arrive_in_the_order_in_which_they_were_made(forms: [&str; 2]) {
     let port = PORT + 1;
     mesh.serve(
         Service { name: "queue", addresses: &[service], port: 80, target: "8081", more: "" },
-        &[Endpoint::ready(server.v4.into(), port)],
+        &[Endpoint::ready(server.v4, port)],
     );
     for v6 in [false, true] {
         assert_order(&client, server.at(v6, port), &told);

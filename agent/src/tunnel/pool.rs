@@ -99,39 +99,39 @@ impl<K: Eq + Hash + Clone, S: Clone> Pool<K, S> {
         Self { slots: Mutex::new(HashMap::new()) }
     }
 
-    /// Opens a stream, in a tunnel that is there or else in one that `dial` makes from what `setup` gave for the key's first; `wish` says
-    /// which, and when, once there is the tunnel. A pooled tunnel that turns out broken is replaced, as long as nothing of the application's may have
-    /// been acted upon. What `first` has, the stream's bytes, goes along with the question where the tunnel is known to be whole and its
-    /// peer to have accepted us; it stays in `first`, for the stream's sink to take when it first moves bytes from there.
+    /// Opens a stream, in a tunnel that is there or else in one that `dial` makes from what `setup` gave for the key's first. Before it is
+    /// sent, `ready` is waited for; `wish` says what it is when it is. A pooled tunnel that turns out broken is replaced, as long as nothing
+    /// of the application's may have been acted upon. What `first` has, the stream's bytes, goes along with the question where the tunnel
+    /// is known to be whole and its peer to have accepted us; it stays in `first`, for the stream's sink to take when it first moves bytes
+    /// from there.
     ///
     /// # Errors
     /// What `setup` and `dial` say, [`TunnelError::Refused`] or [`TunnelError::Lost`].
-    pub async fn open<F, W>(
+    pub async fn open<F, R>(
         &self,
         key: &K,
-        wish: impl Fn() -> W,
+        (ready, wish): (impl Fn() -> R, impl Fn() -> Open),
         first: &mut TcpSource,
         setup: impl FnOnce() -> Result<S, TunnelError>,
         dial: impl Fn(S) -> F,
     ) -> Result<Stream, TunnelError>
     where
         F: Future<Output = Result<Dialled, TunnelError>>,
-        W: Future<Output = Open>,
+        R: Future<Output = ()>,
     {
         let (slot, setup) = self.slot(key, setup)?;
         let dial = || dial(setup.clone());
-        // Whoever has to wait for others does so with empty hands, where there is a tunnel; while one is being made there is time for it.
-        let mut open = if slot.has_any() { Some(wish().await) } else { None };
+        // Whoever has to wait does so with empty hands, where there is a tunnel; while one is being made there is time for it.
+        if slot.has_any() {
+            ready().await;
+        }
         for _ in 0..TRIES {
             let (tunnel, new) = match slot.usable() {
                 Some(tunnel) => (tunnel, false),
                 None => slot.wait_or_dial(&dial).await?,
             };
-            let open = match open.take() {
-                Some(open) => open,
-                None => wish().await,
-            };
-            match slot.open_in(tunnel, &open, first).await {
+            ready().await;
+            match slot.open_in(tunnel, &wish, first).await {
                 Err(TunnelError::Broken(_) | TunnelError::Cut(_)) if !new => {}
                 opened => return opened,
             }
@@ -140,7 +140,8 @@ impl<K: Eq + Hash + Clone, S: Clone> Pool<K, S> {
             let _room = slot.handshakes.acquire().await;
             slot.make(&dial).await?
         };
-        slot.open_in(tunnel, &wish().await, first).await
+        ready().await;
+        slot.open_in(tunnel, &wish, first).await
     }
 
     fn slot(&self, key: &K, setup: impl FnOnce() -> Result<S, TunnelError>) -> Result<(Arc<Slot>, S), TunnelError> {
@@ -269,7 +270,12 @@ impl Slot {
         }
     }
 
-    async fn open_in(self: &Arc<Self>, tunnel: Pooled, open: &Open, first: &mut TcpSource) -> Result<Stream, TunnelError> {
+    async fn open_in(
+        self: &Arc<Self>,
+        tunnel: Pooled,
+        wish: &impl Fn() -> Open,
+        first: &mut TcpSource,
+    ) -> Result<Stream, TunnelError> {
         match tunnel {
             Pooled::Idle { warm, new: false } if warm.expired() => {
                 Err(TunnelError::Cut(io::Error::other("the peer's certificate has ended")))
@@ -280,9 +286,9 @@ impl Slot {
                     self.put_back(warm);
                     return Err(TunnelError::Abandoned(error));
                 }
-                self.open_single(warm.tunnel, warm.expires, open, if fresh { first.held() } else { &[] }).await
+                self.open_single(warm.tunnel, warm.expires, &wish(), if fresh { first.held() } else { &[] }).await
             }
-            Pooled::Shared(tunnel, place) => Ok(Stream::Hbone(Box::new(tunnel.open(place, open).await?))),
+            Pooled::Shared(tunnel, place) => Ok(Stream::Hbone(Box::new(tunnel.open(place, &wish()).await?))),
         }
     }
 
