@@ -319,11 +319,9 @@ impl Inbound {
             let detail = "connections between these pods of one node are to be encrypted by now".to_owned();
             Err(Refusal { reason: CloseReason::PlaintextRefused, detail })
         } else {
-            {
-                let arrival = self.arrivals.arriving(source, local);
-                turn.ready().await;
-                self.deliver(pod, &flow, (arrival, turn.depart())).await
-            }
+            let arrival = self.arrivals.arriving(source, local);
+            turn.ready().await;
+            self.deliver(pod, &flow, (arrival, turn.depart())).await
         };
         match opened {
             Ok(far) => Some((stream, far, Carried { open: self.observer.open(info), registered })),

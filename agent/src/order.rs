@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{SetOnce, oneshot};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 
 /// How long a connection waits for the one before it to be sent, and then to arrive: it may have been lost on its way. A server with a full
 /// queue answers the second SYN, a second later.
@@ -44,6 +44,8 @@ struct Departure {
     source_port: u16,
     /// How many came before it without a pause.
     followed: u32,
+    /// When it came.
+    since: Instant,
     /// Where it leads; none when nobody has to arrive there after it.
     target: SetOnce<Option<SocketAddr>>,
     /// It has been sent off, or never will be.
@@ -59,7 +61,8 @@ impl Departures {
         let mut departures = self.lock();
         let followed = departures.get(&key).map_or(0, |before| before.followed + 1);
         let (target, sent, over) = (SetOnce::new(), SetOnce::new(), AtomicBool::new(false));
-        let own = Arc::new(Departure { source_port: source.port(), followed, target, sent, over });
+        let (source_port, since) = (source.port(), Instant::now());
+        let own = Arc::new(Departure { source_port, followed, since, target, sent, over });
         let before = departures.insert(key, Arc::clone(&own));
         drop(departures);
         Turn { departures: Arc::clone(self), key, own, before, waited: AtomicBool::new(false) }
@@ -86,7 +89,7 @@ impl Turn {
                     before.sent.wait().await;
                 }
             };
-            let _held_up = timeout(PATIENCE, sent).await;
+            let _held_up = timeout_at(before.since + PATIENCE, sent).await;
         }
     }
 
@@ -94,8 +97,10 @@ impl Turn {
     #[must_use]
     pub fn depart(&self) -> Option<u16> {
         let _sent_again = self.own.sent.set(());
-        let before = self.before.as_ref().filter(|before| before.sent.initialized() && !before.over.load(Ordering::Acquire))?;
-        before.target.get().is_some_and(|target| self.leads_where(target)).then_some(before.source_port)
+        let before = self.before.as_ref().filter(|before| before.sent.initialized() && !before.is_over())?;
+        let follows = before.target.get().is_some_and(|target| self.leads_where(target));
+        // A client may use a port again before the connection that had it is open.
+        (follows && before.source_port != self.own.source_port).then_some(before.source_port)
     }
 
     fn leads_where(&self, another: &Option<SocketAddr>) -> bool {
@@ -110,6 +115,13 @@ impl Turn {
     }
 }
 
+impl Departure {
+    /// Whether nobody has to come after it any more.
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire) || self.since.elapsed() >= PATIENCE
+    }
+}
+
 impl Drop for Turn {
     fn drop(&mut self) {
         self.own.over.store(true, Ordering::Release);
@@ -117,7 +129,7 @@ impl Drop for Turn {
         let mut departures = self.departures.lock();
         if departures.get(&self.key).is_some_and(|last| Arc::ptr_eq(last, &self.own)) {
             // Whoever comes next is behind the one before, which may be on its way yet.
-            match self.before.take().filter(|before| !before.over.load(Ordering::Acquire)) {
+            match self.before.take().filter(|before| !before.is_over()) {
                 Some(before) => departures.insert(self.key, before),
                 None => departures.remove(&self.key),
             };
@@ -337,15 +349,20 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn one_that_is_held_up_is_overtaken_after_a_while() {
         let departures = Arc::<Departures>::default();
-        let [silent, second, third] = [1, 2, 3].map(|port| departures.enter(client(port), server()));
+        let (started, silent) = (Instant::now(), departures.enter(client(1), server()));
+        tokio::time::advance(PATIENCE / 2).await;
+        let [second, third] = [2, 3].map(|port| departures.enter(client(port), server()));
         for turn in [&second, &third] {
             turn.leads_to(Some(server()));
         }
-        let started = Instant::now();
         second.ready().await;
         assert_eq!(started.elapsed().as_secs(), PATIENCE.as_secs());
         assert_eq!((second.depart(), sent(&third)), (None, Some(Some(2))));
         now(second.ready()).expect("waits no second time");
+        drop((second, third));
+        let fourth = departures.enter(client(4), server());
+        fourth.leads_to(Some(server()));
+        assert_eq!(sent(&fourth), Some(None), "nobody else waits for the silent one");
         drop(silent);
     }
 
