@@ -362,7 +362,7 @@ impl Enroller {
         self.seen += 1;
         let mut tracked = Tracked::new(netns, name, phase, self.seen);
         tracked.fresh = self.caught_up && new;
-        tracked.unlooked = !self.caught_up && self.node_pods.is_some();
+        tracked.unlooked = !tracked.fresh && self.node_pods.is_some();
         let soon = if tracked.unlooked { Duration::ZERO } else { pods::SOON };
         if self.caught_up && tracked.is_pending() {
             // Nobody gets in either, from before it has an address: a server may listen long before it is enrolled.
@@ -401,6 +401,7 @@ impl Enroller {
         if std::mem::replace(&mut self.caught_up, true) {
             return;
         }
+        self.expect_pod(Duration::ZERO);
         let known = |cookie: &u64| {
             self.tracked.contains_key(cookie) || self.foreign.values().flatten().any(|foreign| foreign.netns.cookie() == *cookie)
         };

@@ -210,6 +210,10 @@ impl Enroller {
 
     pub(super) fn look_for_pods(&mut self) {
         self.pods_at = None;
+        if !self.caught_up {
+            // One look for all that is there.
+            return;
+        }
         if self.looking_for_pods || !self.tracked.values().any(|tracked| tracked.wants_pod().is_some()) {
             return;
         }

@@ -45,7 +45,7 @@ pub(super) struct Tracked {
     pub(super) waiting: bool,
     /// The programs did not know it when it appeared, and the agent was there: its object may be on its way.
     pub(super) fresh: bool,
-    /// It was there when the agent started, and its pod has not been looked for: its address alone may be a former pod's.
+    /// It was there before the agent was, and its pod has not been looked for: its address alone may be a former pod's.
     pub(super) unlooked: bool,
     /// Which pod it is, once the node has said.
     pub(super) owner: Option<Owner>,
@@ -63,6 +63,7 @@ pub(super) struct Tracked {
     asking: bool,
     retry: Duration,
     contested: bool,
+    disputed: bool,
 }
 
 /// What a pod's namespace is after it has been released.
@@ -99,6 +100,7 @@ impl Tracked {
             asking: false,
             retry: FIRST_RETRY,
             contested: false,
+            disputed: false,
         }
     }
 
@@ -150,7 +152,10 @@ impl Enroller {
             owner.workload = Some(Arc::clone(&workload.uid));
         }
         let Some(tracked) = self.tracked.get(&cookie) else { return };
-        match self.step(cookie, tracked) {
+        let standing = self.standing(cookie, tracked);
+        self.tell_dispute(cookie, standing == Standing::Disputed);
+        let Some(tracked) = self.tracked.get(&cookie) else { return };
+        match classify::next(&tracked.phase, standing) {
             Step::Stay => {}
             Step::Ask(address) => self.ask(cookie, address),
             Step::Close => self.release(cookie, Release::Closed).await,
@@ -174,15 +179,28 @@ impl Enroller {
         }
     }
 
-    fn step(&self, cookie: u64, tracked: &Tracked) -> Step {
-        let standing = if self.agents.has_node(cookie) {
-            Standing::Exempt
-        } else {
-            let owner = tracked.owner.as_ref();
-            let told = classify::classify(&tracked.addresses, owner, &tracked.phase, &self.snapshot, &tracked.unknown);
-            pods::known(told, tracked)
-        };
-        classify::next(&tracked.phase, standing)
+    fn standing(&self, cookie: u64, tracked: &Tracked) -> Standing {
+        if self.agents.has_node(cookie) {
+            return Standing::Exempt;
+        }
+        let owner = tracked.owner.as_ref();
+        let told = classify::classify(&tracked.addresses, owner, &tracked.phase, &self.snapshot, &tracked.unknown);
+        pods::known(told, tracked)
+    }
+
+    /// Tells once of a pod that stays closed since node and controller do not agree on its addresses.
+    fn tell_dispute(&mut self, cookie: u64, disputed: bool) {
+        let Some(tracked) = self.tracked.get_mut(&cookie) else { return };
+        if std::mem::replace(&mut tracked.disputed, disputed) || !disputed {
+            return;
+        }
+        if let Some(owner) = &tracked.owner {
+            tracing::info!(
+                pod_uid = %owner.uid,
+                addresses = ?tracked.addresses,
+                "the controller knows an address of the pod's as another's, or several may be its own: it stays closed until that is put right"
+            );
+        }
     }
 
     /// Whether what has these addresses is a pod of this node's, in the mesh or not.

@@ -15,7 +15,8 @@ use crate::proto::workload::{NetworkMode, Port, TunnelProtocol, Workload, Worklo
 impl Index {
     /// The workload of a pod; none when there is no such pod, it has no address any more, or an older pod has its address. Its node is told
     /// its UID, and nobody else: a sandbox that is made anew may have another's address. Of one that has no address yet its node alone is
-    /// told at all: by its UID, or if it will be in the mesh, so that the node knows whom to expect. Whether it is in the mesh may be its namespace's to say: nothing is said of it before that is known.
+    /// told at all: by its UID, or if it will be in the mesh, so that the node knows whom to expect. Whether it is in the mesh may be its
+    /// namespace's to say: nothing is said of it before that is known.
     pub(super) fn workload(&self, name: &ObjectName) -> Option<Resource> {
         let pod = self.pods.get(name)?;
         if !pod.live || pod.claimed().iter().any(|address| self.owner(*address) != Some(name)) {
