@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 use harness::{Endpoint, Mesh, Pod, PodSpec, Service, app, eventually};
 
 const PORT: u16 = 8080;
-const CONNECTIONS: u32 = 400;
+const CONNECTIONS: u32 = 100;
 
 in_each_form!(connections_arrive_in_the_order_in_which_they_were_made);
 in_the_kernel!(connections_arrive_in_the_order_in_which_they_were_made);
