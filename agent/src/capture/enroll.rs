@@ -363,7 +363,6 @@ impl Enroller {
         let mut tracked = Tracked::new(netns, name, phase, self.seen);
         tracked.fresh = self.caught_up && new;
         tracked.unlooked = !tracked.fresh && self.node_pods.is_some();
-        let soon = if tracked.unlooked { Duration::ZERO } else { pods::SOON };
         if self.caught_up && tracked.is_pending() {
             // Nobody gets in either, from before it has an address: a server may listen long before it is enrolled.
             self.guard(&tracked.netns);
@@ -372,7 +371,7 @@ impl Enroller {
         self.cookies.insert(inode, cookie);
         self.tracked.insert(cookie, tracked);
         self.set_addresses(cookie, addresses);
-        self.expect_pod(soon);
+        self.expect_pod(pods::SOON);
         self.reconcile(cookie).await;
     }
 

@@ -75,7 +75,7 @@ impl Resource {
 
     /// The workload of a pod of which its node is told the UID.
     pub(super) fn known_at_home(self, node: &Arc<str>, uid: &str) -> Self {
-        let version = version(&[&self.value, uid.as_bytes()]);
+        let version = version(&[self.version.as_bytes(), uid.as_bytes()]);
         Self { home: Some(Home { node: Arc::clone(node), uid: uid.into() }), version, ..self }
     }
 }

@@ -115,9 +115,7 @@ fn length(high: u8, middle: u8, low: u8) -> usize {
 
 impl Open {
     pub(super) fn encode(&self) -> BytesMut {
-        let after = self.after.map(u16::to_be_bytes);
-        let after = after.as_ref().map_or(&[][..], |port| port);
-        let mut frame = head(OPEN, OPEN_FIXED + after.len());
+        let mut frame = head(OPEN, OPEN_FIXED + self.after.map_or(0, |port| size_of_val(&port)));
         for end in [self.destination, self.source] {
             frame.put_u16(end.port());
             let address = match end.ip() {
@@ -126,7 +124,9 @@ impl Open {
             };
             frame.put_slice(&address.octets());
         }
-        frame.put_slice(after);
+        if let Some(port) = self.after {
+            frame.put_u16(port);
+        }
         frame
     }
 }
