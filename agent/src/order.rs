@@ -274,14 +274,12 @@ mod tests {
 
     use super::*;
 
-    const SERVER: &str = "10.0.0.2:80";
-
     fn client(port: u16) -> SocketAddr {
         SocketAddr::from(([10, 0, 0, 1], port))
     }
 
     fn server() -> SocketAddr {
-        SERVER.parse().unwrap()
+        SocketAddr::from(([10, 0, 0, 2], 80))
     }
 
     /// Sends a connection off, and gives which it follows; none when it has to wait.

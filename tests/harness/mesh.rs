@@ -340,6 +340,22 @@ impl Mesh {
         self.apply(&format!("mode-{namespace}"), &text);
     }
 
+    /// Has a policy `rule` of the namespace `shop` deny a service account of its own, and waits until both agents know it. Plaintext comes
+    /// to the agent from then on.
+    ///
+    /// # Panics
+    /// When that does not come to pass in time.
+    pub fn deny(&self, account: &str) {
+        self.apply(
+            "rule",
+            &format!(
+                "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: rule, namespace: shop}}\n\
+                 spec: {{action: DENY, rules: [{{from: [{{source: {{principals: [cluster.local/ns/shop/sa/{account}]}}}}]}}]}}\n"
+            ),
+        );
+        self.await_policy("shop", Some("rule"));
+    }
+
     /// Captures what passes between the nodes.
     #[must_use]
     pub fn capture_between_nodes(&self) -> Capture {

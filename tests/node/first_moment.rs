@@ -16,11 +16,17 @@ const AWAITED: Duration = Duration::from_secs(10);
 
 const EARLY: PodSpec<'_> = PodSpec { name: "early", namespace: "shop", node: 0, enrolled: true };
 
-/// A mesh of kubelets' nodes, whose agents say what they find out, with a server of the second that only `early` may ask.
-fn lab() -> (Mesh, Pod) {
+/// A mesh of kubelets' nodes, whose agents say what they find out.
+fn mesh() -> Mesh {
     let mut mesh = Mesh::prepare(MeshSpec { attached: Attached::ToKubelet, ..MeshSpec::default() });
     mesh.agent_environment("CULVERT_LOG", "info,culvert::capture=debug");
     mesh.start_all();
+    mesh
+}
+
+/// The same with a server of the second node that only `early` may ask.
+fn lab() -> (Mesh, Pod) {
+    let mut mesh = mesh();
     mesh.mode("shop", "STRICT");
     mesh.apply(
         "only-early",
@@ -155,9 +161,7 @@ fn a_pod_that_the_controller_is_late_to_know_stays_closed_until_then() {
 
 #[test]
 fn a_namespace_that_was_let_out_as_nobodys_is_closed_when_it_turns_out_to_be_a_pods() {
-    let mut mesh = Mesh::prepare(MeshSpec { attached: Attached::ToKubelet, ..MeshSpec::default() });
-    mesh.agent_environment("CULVERT_LOG", "info,culvert::capture=debug");
-    mesh.start_all();
+    let mut mesh = mesh();
     let open = mesh.pod(PodSpec { name: "open", namespace: "free", node: 1, enrolled: true });
     app::server(&open.netns, PORT, app::echo);
     let said = |mesh: &Mesh, words: &str| mesh.log("agent-a").lines().filter(|line| line.contains(words)).count();

@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 use harness::{Endpoint, Mesh, Pod, PodSpec, Service, app, eventually};
 
 const PORT: u16 = 8080;
+const QUEUE: u16 = 8081;
 const CONNECTIONS: u32 = 100;
 
 in_each_form!(connections_arrive_in_the_order_in_which_they_were_made);
@@ -50,17 +51,16 @@ fn connections_arrive_in_the_order_in_which_they_were_made(forms: [&str; 2]) {
     let (client, server) = app::pair(&mut mesh, PORT);
     if mesh.in_the_kernel() {
         // The first would be in tunnels, and later ones overtake them.
-        app::await_verdict(&mesh, &client, &server, PORT + 1);
+        app::await_verdict(&mesh, &client, &server, QUEUE);
     }
-    let told = in_turn(&server, PORT + 1);
+    let told = in_turn(&server, QUEUE);
     let service = "10.96.0.80".parse().expect("an address");
-    let port = PORT + 1;
     mesh.serve(
         Service { name: "queue", addresses: &[service], port: 80, target: "8081", more: "" },
-        &[Endpoint::ready(server.v4, port)],
+        &[Endpoint::ready(server.v4, QUEUE)],
     );
     for v6 in [false, true] {
-        assert_order(&client, server.at(v6, port), &told);
+        assert_order(&client, server.at(v6, QUEUE), &told);
     }
     let to = SocketAddr::new(service, 80);
     eventually("the service is known", || app::connect(&client.netns, to).and_then(|mut one| one.write_all(&[0; 4])).is_ok());
@@ -68,21 +68,17 @@ fn connections_arrive_in_the_order_in_which_they_were_made(forms: [&str; 2]) {
     assert_order(&client, to, &told);
 }
 
-/// Denies nobody of this test, so that plaintext comes to the agent.
-const POLICY: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: rule, namespace: shop}\n\
-                      spec: {action: DENY, rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/denied]}}]}]}\n";
-
 #[test]
 fn plaintext_that_policy_is_asked_about_arrives_in_order_too() {
     let mut mesh = Mesh::start();
     let (_client, server) = app::pair(&mut mesh, PORT);
     let outsider = mesh.pod(PodSpec { name: "outsider", namespace: "shop", node: 0, enrolled: false });
-    mesh.apply("rule", POLICY);
-    mesh.await_policy("shop", Some("rule"));
+    // Nobody of this test, but policy must be asked.
+    mesh.deny("denied");
     eventually("plaintext comes to the agent", || {
         app::converse(&outsider.netns, server.at(false, PORT), "hello").is_ok() && mesh.outcome(1, "steered_plaintext") > 0
     });
     let before = mesh.outcome(1, "steered_plaintext");
-    assert_order(&outsider, server.at(false, PORT + 1), &in_turn(&server, PORT + 1));
+    assert_order(&outsider, server.at(false, QUEUE), &in_turn(&server, QUEUE));
     assert_eq!(mesh.outcome(1, "steered_plaintext") - before, u64::from(CONNECTIONS), "all of it came to the agent");
 }

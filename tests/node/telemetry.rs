@@ -154,10 +154,6 @@ fn check_metrics(mesh: &Mesh) {
     }
 }
 
-/// Policies for the server: one that denies nobody of this test, so that plaintext comes to the agent, and one that denies `denied`.
-const POLICIES: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: rule, namespace: shop}\n\
-                        spec: {action: DENY, rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/denied]}}]}]}\n";
-
 #[test]
 fn plaintext_denials_and_refusals_are_counted_as_what_they_are() {
     let mut mesh = Mesh::start();
@@ -165,8 +161,7 @@ fn plaintext_denials_and_refusals_are_counted_as_what_they_are() {
     app::server(&server.netns, PORT, answer);
     let [denied, plain] = [("denied", true), ("plain", false)]
         .map(|(name, enrolled)| mesh.pod(PodSpec { name, namespace: "shop", node: 0, enrolled }));
-    mesh.apply("rule", POLICIES);
-    mesh.await_policy("shop", Some("rule"));
+    mesh.deny("denied");
     let at_server = |name: &str, more: &[&str]| {
         let labels = [&["reporter=\"destination\"", "destination_workload=\"server\""], more].concat();
         mesh.metrics(1).sum(name, &labels)

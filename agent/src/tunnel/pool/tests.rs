@@ -115,6 +115,11 @@ fn to(port: u16) -> Open {
     Open::new("10.0.0.1:4000".parse().unwrap(), SocketAddr::from(([10, 0, 0, 2], port)))
 }
 
+/// Somebody who has nobody's turn to wait for.
+fn asks(port: u16) -> (impl Fn() -> std::future::Ready<()>, impl Fn() -> Open) {
+    (|| std::future::ready(()), move || to(port))
+}
+
 async fn open(pool: &Pool<&'static str, ()>, far: &Arc<Far>, port: u16) -> Result<Stream, TunnelError> {
     open_with(pool, far, port, b"").await
 }
@@ -124,7 +129,7 @@ async fn open_with(pool: &Pool<&'static str, ()>, far: &Arc<Far>, port: u16, fir
     let (mut client, (mut near, _sink)) = near().await;
     // On loopback it has arrived when it has been sent.
     client.write_all(first).await.expect("sent");
-    let opening = pool.open(&KEY, (async || (), || to(port)), &mut near, || Ok(()), |()| far.dial());
+    let opening = pool.open(&KEY, asks(port), &mut near, || Ok(()), |()| far.dial());
     tokio::time::timeout(SOON, opening).await.expect("an answer in time")
 }
 
@@ -184,7 +189,7 @@ async fn nobody_waits_for_a_destination_that_is_not_his() {
         let (pool, far) = (Arc::clone(&pool), Arc::clone(&far));
         opening.spawn(async move {
             let (_client, (mut near, _sink)) = near().await;
-            pool.open(&KEY, (async || (), || to(port)), &mut near, || Ok(()), |()| far.dial()).await.map(|_stream| port)
+            pool.open(&KEY, asks(port), &mut near, || Ok(()), |()| far.dial()).await.map(|_stream| port)
         });
         tokio::task::yield_now().await;
     }
@@ -232,8 +237,7 @@ async fn a_burst_takes_the_tunnels_that_are_given_back_meanwhile() {
         tokio::task::yield_now().await;
     }
     let (_client, (mut near, _sink)) = near().await;
-    let wish = to(SERVED);
-    let mut waiting = pin!(pool.open(&KEY, (async || (), || wish.clone()), &mut near, || Ok(()), |()| far.dial()));
+    let mut waiting = pin!(pool.open(&KEY, asks(SERVED), &mut near, || Ok(()), |()| far.dial()));
     assert!(futures_util::poll!(&mut waiting).is_pending());
     end(open_before).await;
     waiting.await.expect("the tunnel that was there");
@@ -314,7 +318,7 @@ async fn a_source_that_has_reset_its_connection_is_not_carried_and_keeps_the_tun
     let (client, (mut near, _sink)) = near().await;
     tcp::reset_on_close(&client);
     drop(client);
-    let opened = pool.open(&KEY, (async || (), || to(SERVED)), &mut near, || Ok(()), |()| far.dial()).await;
+    let opened = pool.open(&KEY, asks(SERVED), &mut near, || Ok(()), |()| far.dial()).await;
     assert!(matches!(&opened, Err(error) if error.reason() == CloseReason::SourceReset), "{opened:?}");
     end(open(&pool, &far, SERVED).await.unwrap()).await;
     assert_eq!((far.dialled(), pool.len()), (1, 1));

@@ -137,6 +137,11 @@ fn unplaced(name: &str, uid: &str) -> Workload {
     Workload { pod: Some(Arc::new(uid.into())), ..workload(name, &[]) }
 }
 
+/// The pod `UID`, by the API's word, at these addresses.
+fn placed(name: &str, addresses: &[&str]) -> Workload {
+    Workload { pod: Some(Arc::new(UID.into())), ..workload(name, addresses) }
+}
+
 /// What is next with a namespace that is the pod `UID`, which was `known` as a workload before.
 fn step_of_pod(phase: &Phase, addresses: &[&str], snapshot: &Snapshot, known: Option<&str>) -> Step {
     let workload = known.map(|name| workload(name, &[]).uid);
@@ -147,7 +152,7 @@ fn step_of_pod(phase: &Phase, addresses: &[&str], snapshot: &Snapshot, known: Op
 #[test]
 fn a_pod_is_enrolled_with_its_namespaces_addresses_before_the_controller_knows_them() {
     let snapshot = snapshot(|edit| edit.upsert_workload(unplaced("a", UID)));
-    let placed = Workload { pod: Some(Arc::new(UID.into())), ..workload("a", &["10.0.0.1", "fd00::1"]) };
+    let placed = placed("a", &["10.0.0.1", "fd00::1"]);
     for phase in [Phase::Pending, Phase::Exempt, Phase::Inherited] {
         assert_eq!(step_of_pod(&phase, &["10.0.0.1", "fd00::1"], &snapshot, None), Step::Enrol(Arc::new(placed.clone())));
     }
@@ -168,7 +173,7 @@ fn a_namespace_is_not_the_pod_of_another_uid_or_node() {
 
 #[test]
 fn nothing_is_torn_down_when_the_controller_tells_a_pods_addresses() {
-    let enrolled = enrolled(&Workload { pod: Some(Arc::new(UID.into())), ..workload("a", &["10.0.0.1", "fd00::1"]) });
+    let enrolled = enrolled(&placed("a", &["10.0.0.1", "fd00::1"]));
     let addresses = ["10.0.0.1", "fd00::1"];
     let before = snapshot(|edit| edit.upsert_workload(unplaced("a", UID)));
     let Phase::Enrolled(current) = &enrolled else { panic!("enrolled") };
@@ -194,7 +199,7 @@ fn a_pod_outside_of_the_mesh_is_left_alone_before_the_controller_knows_its_addre
 
 #[test]
 fn a_pod_at_an_address_that_the_controller_knows_as_anothers_stays_closed() {
-    let placed = Workload { pod: Some(Arc::new(UID.into())), ..workload("a", &["10.0.0.1"]) };
+    let placed = placed("a", &["10.0.0.1"]);
     for outside in [false, true] {
         let protocol = if outside { TunnelProtocol::None } else { TunnelProtocol::Hbone };
         for stale in ["node-a", "node-b"] {
@@ -219,15 +224,10 @@ fn a_pod_at_an_address_that_the_controller_knows_as_anothers_stays_closed() {
     assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.1"], &of_a_service, None), Step::Stay);
 }
 
-/// The pod `UID`, by the API's word, at the address that it has told.
-fn placed(name: &str, address: &str) -> Workload {
-    Workload { pod: Some(Arc::new(UID.into())), ..workload(name, &[address]) }
-}
-
 #[test]
 fn a_sandbox_that_is_made_anew_is_its_own_pod_whatever_the_api_still_says_of_its_address() {
     let outside = |pod: Workload| Workload { protocol: TunnelProtocol::None, ..pod };
-    let own = placed("a", "10.0.0.1");
+    let own = placed("a", &["10.0.0.1"]);
     for other in [workload("b", &["10.0.0.2"]), outside(workload("b", &["10.0.0.2"]))] {
         let stale = snapshot(|edit| [own.clone(), other.clone()].into_iter().for_each(|pod| edit.upsert_workload(pod)));
         assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.1"], &stale, None), Step::Enrol(Arc::new(own.clone())));
@@ -237,7 +237,7 @@ fn a_sandbox_that_is_made_anew_is_its_own_pod_whatever_the_api_still_says_of_its
         for phase in [Phase::Exempt, enrolled(&other)] {
             assert_eq!(step_of_pod(&phase, &["10.0.0.2"], &stale, None), Step::Close, "nor if it was taken for that");
         }
-        let new = Step::Enrol(Arc::new(placed("a", "10.0.0.3")));
+        let new = Step::Enrol(Arc::new(placed("a", &["10.0.0.3"])));
         assert_eq!(step_of_pod(&Phase::Pending, &["10.0.0.3"], &stale, None), new, "a new address is its own");
     }
     let stranger = outside(own.clone());

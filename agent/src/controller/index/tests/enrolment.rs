@@ -95,9 +95,9 @@ fn a_pod_without_an_address_is_told_of_by_its_uid_or_if_it_will_be_in_the_mesh()
 
 #[test]
 fn the_uid_of_a_pod_is_told_to_its_node_alone() {
-    let resource = |uid: &str, spec: &str| {
-        let world =
-            World::new(&pod_with("web", "10.1.0.2", &format!(", uid: {uid}, labels: {{culvert.dev/mesh: enabled}}"), spec, ""));
+    let resource = |uid: &str| {
+        let metadata = format!(", uid: {uid}, labels: {{culvert.dev/mesh: enabled}}");
+        let world = World::new(&pod_with("web", "10.1.0.2", &metadata, "", ""));
         let mut resources = world.update.resources.into_iter();
         resources.find_map(|(_, name, resource)| resource.filter(|_| name.ends_with("/web"))).expect("the pod is told of")
     };
@@ -109,9 +109,9 @@ fn the_uid_of_a_pod_is_told_to_its_node_alone() {
         let named = workload.extensions.into_iter().filter(|extension| extension.name == "pod_uid");
         named.map(|extension| culvert::Pod::decode(&*extension.config.expect("a message").value).expect("a pod").uid).collect()
     };
-    let first = resource("a37182395", "");
+    let first = resource("a37182395");
     assert_eq!((pods_at(&first, "node-a"), pods_at(&first, "node-b")), (vec!["a37182395".to_owned()], vec![]));
-    assert_ne!(first.version, resource("b37182395", "").version, "another pod of its name");
+    assert_ne!(first.version, resource("b37182395").version, "another pod of its name");
 }
 
 #[test]
